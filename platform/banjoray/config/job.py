@@ -1,0 +1,282 @@
+"""A job file: every key, its default, its unit and its rule."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from banjoray.config.search import SearchConfig
+from banjoray.config.section import Section, known_keys, nearest, validate
+from banjoray.errors import ConfigError
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class ModelConfig(Section):
+    """The transformer that training starts from."""
+
+    base: str = Field(
+        "distilbert-base-uncased",
+        description="Hub id, local folder, or banjoray:minilm (all-MiniLM-L6-v2 from the quickstart extra).",
+    )
+    revision: str = Field("main", description="Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="Replaces every dropout probability of the base's config; null keeps them."
+    )
+
+
+class FilesConfig(Section):
+    """One file per split: csv, tsv, json, jsonl, parquet or txt, a local path or an fsspec URL."""
+
+    train: str = Field(description="Rows to learn from.")
+    validation: str | None = Field(None, description="Rows that choose the best checkpoint; null: cut from train.")
+    test: str | None = Field(None, description="Rows held out until the end.")
+
+
+class ColumnsConfig(Section):
+    """Which column of the data holds what."""
+
+    text: str = Field("text", description="The text, or the first text of a pair.")
+    text_pair: str | None = Field(None, description="The second text of a pair; null: single texts.")
+    label: str = Field("label", description="The label, a name or a number.")
+
+
+class DataConfig(Section):
+    """Where the rows come from and how they are read."""
+
+    source: str | None = Field(None, description="Hub id of a data set, or banjoray:emotion (ships with banjoray).")
+    config: str | None = Field(None, description="Configuration of a hub data set.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub data set.")
+    files: FilesConfig | None = Field(None, description="Files, instead of source.")
+    columns: ColumnsConfig = Field(default_factory=ColumnsConfig, description="Names of the columns.")
+    labels: list[str] | None = Field(
+        None, min_length=2, description="Order of the label names; null: the data set's own order, or sorted."
+    )
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Share of train cut off, stratified and seeded, where no validation split exists."
+    )
+    max_length: int = Field(128, ge=4, description="Tokens per row; longer rows are cut, and counted in a warning.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "DataConfig":
+        if (self.source is None) == (self.files is None):
+            found = "both" if self.source else "neither"
+            raise ValueError(f"needs either 'source' or 'files', found {found}")
+        return self
+
+
+class FreezeLayers(Section):
+    """Freeze the embeddings and the lowest blocks."""
+
+    layers: int = Field(ge=0, description="How many blocks, counted from the bottom; the embeddings freeze too.")
+
+
+class FreezePatterns(Section):
+    """Freeze what matches."""
+
+    patterns: list[str] = Field(min_length=1, description="Shell patterns over parameter names, as encoder.layer.0.*")
+
+
+Freeze = Literal["none", "embeddings", "backbone"] | FreezeLayers | FreezePatterns
+
+
+class TrainConfig(Section):
+    """How the weights are changed."""
+
+    epochs: int = Field(3, ge=1, description="Passes over the training rows.")
+    batch_size: int = Field(32, ge=1, description="Rows per optimizer step, over all workers and accumulation.")
+    learning_rate: float = Field(2.0e-5, gt=0, description="AdamW's peak learning rate.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay; none on biases and norms.")
+    adam_epsilon: float = Field(1.0e-8, gt=0, description="AdamW's epsilon.")
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = Field(
+        "linear", description="How the learning rate goes on after the warm-up (transformers.get_scheduler)."
+    )
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of all steps over which the rate rises from 0.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Microbatches per worker and optimizer step.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this L2 norm.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 where the hardware has it natively, else fp16 on CUDA, else fp32."
+    )
+    seed: int = Field(0, ge=0, description="Seeds the head, the data order, dropout and the validation cut.")
+    metric: str = Field("f1_macro", description="The validation metric that picks the best checkpoint.")
+    mode: Literal["max", "min"] = Field("max", description="Whether more of the metric is better, or less.")
+    checkpoint_every: Literal["epoch"] | int = Field(
+        "epoch", description="epoch, or a number of steps: how much work a crash can cost. Epochs are always kept."
+    )
+    keep_checkpoints: int = Field(2, ge=2, description="Complete checkpoints on disk: the best, and the newest.")
+
+    @model_validator(mode="after")
+    def _loss_is_minimised(self) -> "TrainConfig":
+        if (self.metric == "loss") != (self.mode == "min"):
+            raise ValueError(f"metric {self.metric!r} with mode {self.mode!r}; only loss is minimised")
+        return self
+
+    @field_validator("checkpoint_every")
+    @classmethod
+    def _at_least_one_step(cls, value: Literal["epoch"] | int) -> Literal["epoch"] | int:
+        if value != "epoch" and value < 1:
+            raise ValueError(f"needs 'epoch' or a number of steps >= 1, found {value}")
+        return value
+
+
+class ScaleConfig(Section):
+    """How many workers train, on what, and how they share the work."""
+
+    workers: int = Field(1, ge=1, description="Training processes.")
+    gpus_per_worker: int = Field(0, ge=0, le=1, description="1: train on GPUs; 0: on CPUs.")
+    cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and CPU threads, of each worker.")
+    strategy: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = Field(
+        "ddp", description="ddp: data parallel. zero1..zero3: DeepSpeed, sharding optimizer, gradients, parameters."
+    )
+    offload: Literal["none", "cpu"] = Field("none", description="cpu: ZeRO keeps the optimizer state in host memory.")
+    max_failures: int = Field(2, ge=0, description="How many times a dead worker restarts the run from a checkpoint.")
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> "ScaleConfig":
+        if self.offload != "none" and self.strategy in ("ddp", "zero0"):
+            raise ValueError(f"offload {self.offload!r} needs strategy zero1, zero2 or zero3, found {self.strategy!r}")
+        return self
+
+
+class GateConfig(Section):
+    """The score below which a model is not registered."""
+
+    metric: str = Field("f1_macro", description="The validation metric that is looked at.")
+    at_least: float = Field(0.0, description="The lowest score that passes.")
+
+
+class RegistryConfig(Section):
+    """Where a trained model goes."""
+
+    root: str = Field("./registry", description="Folder or fsspec URL of the registry.")
+    model: str | None = Field(None, pattern=NAME, description="Name of the model in the registry; null: the job's name.")
+    gate: GateConfig = Field(default_factory=GateConfig, description="What the model has to reach.")
+
+
+class HubConfig(Section):
+    """How models and data sets are fetched; reaches every Ray worker."""
+
+    endpoint: str | None = Field(None, description="A mirror's address; null: the Hugging Face hub.")
+    offline: bool = Field(False, description="Use only what is on this machine already.")
+    token_env: str = Field("HF_TOKEN", description="Name of the environment variable that holds the hub token.")
+
+    def environment(self) -> dict[str, str]:
+        """The variables that huggingface_hub reads once, when it is first imported."""
+        variables = {"HF_ENDPOINT": self.endpoint} if self.endpoint else {}
+        return variables | ({"HF_HUB_OFFLINE": "1"} if self.offline else {})
+
+
+class JobConfig(Section):
+    """One run, from raw text to a registered version."""
+
+    name: str = Field(pattern=NAME, description="Names the run, its folder and, by default, the model.")
+    task: Literal["text-classification"] = Field(description="What the model learns to do.")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="What training starts from.")
+    data: DataConfig = Field(description="What it learns from.")
+    freeze: Freeze = Field("none", description="none, embeddings, backbone, {layers: k} or {patterns: [...]}.")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="How the weights are changed.")
+    scale: ScaleConfig = Field(default_factory=ScaleConfig, description="On how many workers.")
+    tune: SearchConfig | None = Field(None, description="What `banjoray tune` searches.")
+    storage: str = Field("./runs", description="Folder or fsspec URL for runs: checkpoints, results, token cache.")
+    registry: RegistryConfig = Field(default_factory=RegistryConfig, description="Where the model goes.")
+    hub: HubConfig = Field(default_factory=HubConfig, description="How models and data sets are fetched.")
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _one_clear_message(cls, value: Any) -> Any:
+        if isinstance(value, Section) or value in ("none", "embeddings", "backbone"):
+            return value
+        if isinstance(value, Mapping) and len(value) == 1 and set(value) <= {"layers", "patterns"}:
+            return value
+        raise ValueError(f"found {value!r}, needed none, embeddings, backbone, {{layers: k}} or {{patterns: [...]}}")
+
+    @model_validator(mode="after")
+    def _batches_reach_every_worker(self) -> "JobConfig":
+        shares = self.scale.workers * self.train.gradient_accumulation_steps
+        if self.train.batch_size < shares:
+            raise ValueError(
+                f"train.batch_size: found {self.train.batch_size}, needed at least {shares} "
+                f"(scale.workers {self.scale.workers} x gradient_accumulation_steps "
+                f"{self.train.gradient_accumulation_steps}); batch_size counts rows over all workers"
+            )
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """The name that the trained model gets in the registry."""
+        return self.registry.model or self.name
+
+    def digest(self) -> str:
+        """sha256 of the resolved job; two jobs that could differ in any result differ here."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def training_digest(self) -> str:
+        """sha256 of the keys that decide the trained weights: not of where they go, nor of what is searched."""
+        tree = {key: value for key, value in self.to_json().items() if key not in ("registry", "storage", "tune", "hub")}
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved job: every key with its value."""
+        return self.model_dump(mode="json")
+
+    def with_values(self, values: Mapping[str, Any]) -> "JobConfig":
+        """A copy with dotted keys replaced; raises ConfigError as a file with those values would."""
+        tree = self.to_json()
+        for key, value in values.items():
+            _set(tree, key, value)
+        return validate(JobConfig, tree, self.name)
+
+
+def load_job(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
+    """The job in a YAML file, with ``a.b=value`` overrides applied; values are read as YAML.
+
+    Raises ConfigError: no such file, not YAML, a wrong key or value (all of them, one line each).
+    """
+    tree = read_yaml(path)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {override}: needed key=value, as --set train.epochs=1")
+        try:
+            _set(tree, key.strip(), yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override}: the value is not YAML ({_where(error)})") from None
+    return validate(JobConfig, tree, str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises ConfigError if there is none."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({_where(error)})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: needed keys and values, found {type(tree).__name__}")
+    return tree
+
+
+def _where(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    return f"line {mark.line + 1}: {problem}" if mark else problem
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put ``value`` at a dotted key, making the sections on the way."""
+    keys = known_keys(JobConfig)
+    if key not in keys and not key.startswith("tune.space."):
+        near = nearest(key, keys)
+        raise ConfigError(f"unknown key '{key}'{f'; did you mean {near!r}?' if near else ''}")
+    *sections, last = key.split(".") if not key.startswith("tune.space.") else ["tune", "space", key[11:]]
+    for section in sections:
+        child = tree.get(section)
+        tree[section] = child if isinstance(child, dict) else {}
+        tree = tree[section]
+    tree[last] = value

@@ -1,0 +1,72 @@
+"""Which rows make a batch, and batches as padded arrays.
+
+The order of rows is a pure function of (seed, epoch, lengths): it does not know how many workers there are,
+so that two workers see together what one would have seen alone, and a resumed run goes on at the same row.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from banjoray.data.tokens import Tokens
+
+# Rows are shuffled, then sorted by length within groups of this many batches. Larger groups pad less and
+# shuffle less; at most 50 batches, and at least 4 groups, is what transformers' LengthGroupedSampler uses.
+GROUP_BATCHES = 50
+GROUPS = 4
+
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The global batches of an epoch: row numbers, ``batch_size`` each but for one smaller batch.
+
+    Rows of a batch are of similar length, longest first; the order of batches is shuffled.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    batches: list[np.ndarray] = []
+    size = batch_size * max(1, min(GROUP_BATCHES, len(order) // (batch_size * GROUPS)))
+    for start in range(0, len(order), size):
+        group = order[start : start + size]
+        group = group[np.argsort(-lengths[group], kind="stable")]
+        batches.extend(group[first : first + batch_size] for first in range(0, len(group), batch_size))
+    return [batches[number] for number in generator.permutation(len(batches))]
+
+
+def shares(batch: np.ndarray, workers: int, microbatches: int) -> list[list[np.ndarray]]:
+    """``batch`` dealt out: ``[worker][microbatch]`` -> row numbers, some possibly empty.
+
+    Neighbours in length go to different workers, so that workers wait for each other as little as possible.
+    """
+    chunks = np.array_split(batch, microbatches)
+    return [[chunk[worker::workers] for chunk in chunks] for worker in range(workers)]
+
+
+def sorted_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """All rows, longest first, in batches whose padded size (rows x longest) is at most ``max_tokens``.
+
+    A row that is longer than ``max_tokens`` is a batch of its own.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches: list[np.ndarray] = []
+    start = 0
+    while start < len(order):
+        rows = max(1, max_tokens // int(max(1, lengths[order[start]])))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def padded(tokens: Tokens, rows: Sequence[int] | np.ndarray, pad_id: int) -> dict[str, np.ndarray]:
+    """The model inputs of some rows, (rows, longest) int64, padded on the right, with their attention mask."""
+    lengths = tokens.lengths[rows]
+    longest = int(lengths.max())
+    mask = np.arange(longest) < lengths[:, None]
+    # Positions of every kept cell in the token stream, row by row: one gather instead of a loop over rows.
+    where = (np.asarray(tokens.offsets)[rows][:, None] + np.arange(longest))[mask]
+    inputs: dict[str, np.ndarray] = {}
+    for name, stream in tokens.streams.items():
+        cells = np.full((len(lengths), longest), pad_id if name == "input_ids" else 0, dtype=np.int64)
+        cells[mask] = stream[where]
+        inputs[name] = cells
+    inputs["attention_mask"] = mask.astype(np.int64)
+    return inputs

@@ -1,0 +1,181 @@
+"""Raw rows by split, from the hub, from files, or from a set that ships with banjoray.
+
+Rows come as `datasets.Dataset`, memory-mapped; every cell that training will read has been looked at.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from banjoray.config.job import ColumnsConfig, DataConfig, FilesConfig, HubConfig
+from banjoray.errors import DataError
+
+SPLITS = ("train", "validation", "test")
+SHIPPED = Path(__file__).parent / "samples"
+_READERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of one split and the name that errors call it by (a file name, or set:split)."""
+
+    rows: datasets.Dataset
+    name: str
+
+    def where(self, row: int) -> str:
+        """How an error points at a row; rows count from 1, as lines of a JSON Lines file do."""
+        return f"{self.name} row {row + 1}"
+
+
+def read(data: DataConfig, hub: HubConfig, token: str | None = None) -> dict[str, Source]:
+    """Split name -> rows, for the splits that exist; ``train`` always does.
+
+    Raises DataError: an unreadable file (with the line that broke it), no such data set, a missing column,
+    an empty or non-text cell (with its file and row).
+    """
+    datasets.disable_progress_bars()
+    files = _shipped(data.source) if data.source and data.source.startswith("banjoray:") else data.files
+    sources = _read_files(files, data.columns) if files else _read_hub(data, hub, token)
+    if "train" not in sources:
+        raise DataError(f"data.source: '{data.source}' has no train split; it has {', '.join(sources) or 'nothing'}")
+    for source in sources.values():
+        _check_columns(source, data.columns)
+        for column in filter(None, (data.columns.text, data.columns.text_pair)):
+            _check_text(source, column)
+    return sources
+
+
+def _shipped(source: str) -> FilesConfig:
+    """The files of a data set that ships with banjoray."""
+    folder = SHIPPED / source.removeprefix("banjoray:")
+    if not (folder / "train.jsonl").is_file():
+        known = ", ".join(sorted(f"banjoray:{path.name}" for path in SHIPPED.iterdir() if path.is_dir()))
+        raise DataError(f"data.source: no data set '{source}' ships with banjoray; there is {known}")
+    return FilesConfig(**{split: str(folder / f"{split}.jsonl") for split in SPLITS})
+
+
+def _read_files(files: FilesConfig, columns: ColumnsConfig) -> dict[str, Source]:
+    paths = {split: getattr(files, split) for split in SPLITS}
+    return {split: _read_file(path, columns, split) for split, path in paths.items() if path}
+
+
+def _read_file(path: str, columns: ColumnsConfig, split: str) -> Source:
+    """One file as one split."""
+    name = PurePosixPath(path).name
+    suffix = PurePosixPath(path).suffix.lower()
+    if suffix not in _READERS:
+        raise DataError(
+            f"data.files.{split}: '{path}' is of no known kind; needed one of {' '.join(sorted(_READERS))}"
+        )
+    filesystem, plain = fsspec.core.url_to_fs(path)
+    if not filesystem.isfile(plain):
+        raise DataError(f"data.files.{split}: no file '{path}'; paths are looked up from the working directory")
+    if filesystem.size(plain) == 0:
+        raise DataError(f"data.files.{split}: '{path}' is empty; needed rows")
+    options: dict[str, Any] = {}
+    if _READERS[suffix] == "csv":
+        # Without these, pandas turns the text "NA" into a missing value and the text "007" into a number.
+        texts = [column for column in (columns.text, columns.text_pair) if column]
+        options = {"sep": "\t" if suffix == ".tsv" else ",", "keep_default_na": False}
+        options["dtype"] = {column: "str" for column in texts}
+    try:
+        rows = datasets.load_dataset(_READERS[suffix], data_files={split: path}, split=split, **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise DataError(_why_unreadable(path, name, suffix, error)) from None
+    return Source(rows, name)
+
+
+def _why_unreadable(path: str, name: str, suffix: str, error: Exception) -> str:
+    """The first line of the file that breaks it, or what the reader said."""
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8") as file:
+            finding = _first_bad_line(file, suffix)
+    except UnicodeDecodeError as decoding:
+        finding = f"byte {decoding.start} is not UTF-8"
+    cause = str(error.__cause__ or error).splitlines()[0]
+    return f"data: {name} can't be read: {finding or cause}"
+
+
+def _first_bad_line(file: Any, suffix: str) -> str | None:
+    if suffix == ".jsonl":
+        kinds: dict[str, type] = {}
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except json.JSONDecodeError as error:
+                return f"row {number} is not JSON ({error.msg} at character {error.pos})"
+            if not isinstance(row, dict):
+                return f"row {number} holds {type(row).__name__}, needed an object with columns"
+            for column, cell in row.items():
+                kind = kinds.setdefault(column, type(cell))
+                if cell is not None and kind is not type(None) and type(cell) is not kind:
+                    return f"row {number}, column '{column}' holds {cell!r}; the rows before hold {kind.__name__}"
+    if suffix in (".csv", ".tsv"):
+        reader = csv.reader(file, delimiter="\t" if suffix == ".tsv" else ",")
+        width = len(next(reader, []))
+        for number, cells in enumerate(reader, start=1):
+            if cells and len(cells) != width:
+                return f"row {number} has {len(cells)} cells; the header has {width}"
+    return None
+
+
+def _read_hub(data: DataConfig, hub: HubConfig, token: str | None) -> dict[str, Source]:
+    try:
+        loaded = datasets.load_dataset(data.source, data.config, revision=data.revision, token=token)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0]
+        cure = "hub.offline is true: set it to false, or use data.files" if hub.offline else "check the id, the network"
+        raise DataError(f"data.source: '{data.source}' can't be had ({reason}); {cure}") from None
+    names = {"validation": ("validation", "valid", "dev"), "train": ("train",), "test": ("test",)}
+    return {
+        split: Source(loaded[name], f"{data.source}:{name}")
+        for split, known in names.items()
+        for name in known
+        if name in loaded
+    }
+
+
+def _check_columns(source: Source, columns: ColumnsConfig) -> None:
+    have = source.rows.column_names
+    for key, column in columns.model_dump().items():
+        if column is not None and column not in have:
+            listed = ", ".join(f"'{name}'" for name in have)
+            raise DataError(
+                f"data: column '{column}' not in {source.name}; it has {listed}. Set data.columns.{key}=NAME."
+            )
+    if len(source.rows) == 0:
+        raise DataError(f"data: {source.name} has no rows")
+
+
+def _check_text(source: Source, column: str) -> None:
+    """Refuse a column with a cell that is missing, not text, or only blanks."""
+    cells = column_of(source.rows, column)
+    if not pa.types.is_string(cells.type) and not pa.types.is_large_string(cells.type):
+        found = cells[0].as_py()
+        raise DataError(f"data: {source.where(0)}, column '{column}' holds {found!r} ({cells.type}); needed text")
+    empty = pc.or_kleene(pc.is_null(cells), pc.equal(pc.utf8_trim_whitespace(cells), ""))
+    first = pc.index(empty, True).as_py()
+    if first >= 0:
+        found = "nothing" if cells[first].as_py() is None else "only blanks"
+        count = pc.sum(empty).as_py()
+        others = f" ({count} such rows in all)" if count > 1 else ""
+        raise DataError(f"data: {source.where(first)}, column '{column}' holds {found}; needed text{others}")
+
+
+def column_of(rows: datasets.Dataset, column: str) -> pa.ChunkedArray:
+    """A column as Arrow, in row order."""
+    return rows.select_columns([column]).with_format("arrow")[:].column(0)

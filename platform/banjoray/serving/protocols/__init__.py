@@ -1,0 +1,1 @@
+"""The request and answer shapes of the clients that people already have."""

@@ -1,0 +1,1 @@
+"""What a task means, end to end: one file each."""

@@ -1,0 +1,119 @@
+"""Text classification: one text or a pair of texts in, one of a fixed set of labels out."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from banjoray.errors import RequestError
+from banjoray.tasks.task import Score
+
+_SHAPES = 'a text, a list of texts, {"text": ..., "text_pair": ...}, or a list of those'
+
+
+class TextClassification:
+    """One label per text or pair; a softmax over ``AutoModelForSequenceClassification``'s logits."""
+
+    name = "text-classification"
+    auto_model = "AutoModelForSequenceClassification"
+    metrics = ("accuracy", "f1_macro", "f1_weighted", "loss")
+
+    def score(self, outputs: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> Score:
+        """Accuracy, F1 and mean cross-entropy (nats) of logits (rows, labels) against label ids (rows,).
+
+        F1 is averaged over the labels that occur in targets or predictions, as scikit-learn does.
+        """
+        predicted = outputs.argmax(axis=1)
+        log_probabilities = _log_softmax(outputs.astype(np.float64))
+        metrics = _metric().compute(predictions=predicted, references=targets)
+        metrics["loss"] = float(-log_probabilities[np.arange(len(targets)), targets].mean())
+        confusion = np.zeros((len(labels), len(labels)), dtype=np.int64)
+        np.add.at(confusion, (targets, predicted), 1)
+        return Score(metrics, tuple(tuple(map(int, row)) for row in confusion), tuple(labels))
+
+    def parse(self, inputs: Any) -> list[dict[str, str]]:
+        """Rows of {"text"} or {"text", "text_pair"}."""
+        rows = inputs if isinstance(inputs, list) else [inputs]
+        if not rows:
+            raise RequestError(f"inputs: an empty list; needed {_SHAPES}")
+        return [_row(row, f"inputs[{number}]" if rows is inputs else "inputs") for number, row in enumerate(rows)]
+
+    def answer(
+        self, outputs: np.ndarray, labels: Sequence[str], parameters: Mapping[str, Any]
+    ) -> list[dict[str, str | float]]:
+        """[{"label", "score"}] by falling score; ``top_k`` of them (null: all; not given: 1, as the hub does).
+
+        ``function_to_apply`` is softmax (the default), sigmoid or none.
+        """
+        top_k = parameters.get("top_k", 1)
+        if top_k is None:
+            top_k = len(labels)
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+            raise RequestError(f"parameters.top_k: found {top_k!r}; needed a whole number >= 1, or null for all")
+        scores = _apply(outputs.astype(np.float64), parameters.get("function_to_apply") or "softmax")
+        unknown = set(parameters) - {"top_k", "function_to_apply"}
+        if unknown:
+            raise RequestError(f"parameters: unknown {sorted(unknown)}; {self.name} has top_k, function_to_apply")
+        best = np.argsort(-scores, kind="stable")[:top_k]
+        return [{"label": labels[number], "score": float(scores[number])} for number in best]
+
+
+def _row(row: Any, where: str) -> dict[str, str]:
+    if isinstance(row, str):
+        row = {"text": row}
+    if not isinstance(row, dict):
+        raise RequestError(f"{where}: found {type(row).__name__}; needed {_SHAPES}")
+    row = {key: cell for key, cell in row.items() if not (key == "text_pair" and cell is None)}
+    if "text" not in row or not set(row) <= {"text", "text_pair"}:
+        raise RequestError(f"{where}: found keys {sorted(map(str, row))}; needed text, and text_pair for a pair")
+    for key, cell in row.items():
+        if not isinstance(cell, str):
+            raise RequestError(f"{where}.{key}: found {type(cell).__name__}; needed text")
+        if not cell.strip():
+            raise RequestError(f"{where}.{key}: found nothing but blanks; needed text")
+    return row
+
+
+def _apply(logits: np.ndarray, function: Any) -> np.ndarray:
+    match function:
+        case "softmax":
+            return np.exp(_log_softmax(logits))
+        case "sigmoid":
+            return 1 / (1 + np.exp(-logits))
+        case "none":
+            return logits
+    raise RequestError(f"parameters.function_to_apply: found {function!r}; needed softmax, sigmoid or none")
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted: np.ndarray = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+@cache
+def _metric() -> Any:
+    """The metrics as an `evaluate.Metric`; `evaluate.load` would download a script for the same arithmetic."""
+    import datasets
+    import evaluate
+    from sklearn.metrics import accuracy_score, f1_score
+
+    class ClassificationMetrics(evaluate.Metric):  # type: ignore[misc]
+        def _info(self) -> evaluate.MetricInfo:
+            label = datasets.Value("int64")
+            return evaluate.MetricInfo(
+                description="Accuracy and F1 of one label per row.",
+                citation="Pedregosa et al., JMLR 12 (2011), scikit-learn",
+                inputs_description="predictions and references: label ids",
+                features=datasets.Features({"predictions": label, "references": label}),
+            )
+
+        def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+            return {
+                "accuracy": float(accuracy_score(references, predictions)),
+                "f1_macro": float(f1_score(references, predictions, average="macro")),
+                "f1_weighted": float(f1_score(references, predictions, average="weighted")),
+            }
+
+    # In memory: by default evaluate writes every call's rows to a file in the home folder.
+    return ClassificationMetrics(keep_in_memory=True)

@@ -1,0 +1,1 @@
+"""Rows and a model in, a checkpoint out."""

@@ -1,0 +1,159 @@
+"""Checkpoints of one run: complete or absent, the best and the newest kept.
+
+    <run>/checkpoints/step-00000038/
+        model/                   a Hugging Face folder (safetensors, tokenizer) and the resolved job.yaml
+        optimizer.safetensors    AdamW's moments, whole, by parameter name: any number of workers can go on
+        checkpoint.json          where the run stood, and the digest of every file; written last
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from banjoray.errors import TrainingFailed
+
+MANIFEST = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: ``step`` optimizer steps are done, the next batch is ``batch`` of ``epoch``.
+
+    ``history`` has one entry per finished epoch: its metrics, learning rate and training loss.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    history: tuple[dict[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint; ``metrics`` is empty for one taken inside an epoch."""
+
+    name: str
+    position: Position
+    metrics: dict[str, float]
+    files: dict[str, str] = field(repr=False)
+
+
+class Store:
+    """The checkpoints of one run, in a local folder or under any fsspec URL."""
+
+    def __init__(self, run: str, warn: Callable[[str], None]) -> None:
+        self._filesystem, root = fsspec.core.url_to_fs(run)
+        self._local = isinstance(self._filesystem, LocalFileSystem)
+        self.root = f"{root.rstrip('/')}/checkpoints"
+        self._warn = warn
+
+    def all(self) -> list[Checkpoint]:
+        """Every complete checkpoint, oldest first; files are not read."""
+        found = []
+        for path in self._filesystem.glob(f"{self.root}/step-*/{MANIFEST}"):
+            saved = json.loads(self._filesystem.cat_file(path))
+            position = Position(**saved["position"] | {"history": tuple(saved["position"]["history"])})
+            found.append(Checkpoint(path.split("/")[-2], position, saved["metrics"], saved["files"]))
+        return sorted(found, key=lambda checkpoint: checkpoint.name)
+
+    def newest_whole(self) -> Checkpoint | None:
+        """The newest checkpoint whose files are what its manifest says; torn ones are skipped, and named."""
+        for checkpoint in reversed(self.all()):
+            torn = self._first_torn(checkpoint)
+            if torn is None:
+                return checkpoint
+            self._warn(f"checkpoint {checkpoint.name} is torn ({torn}); using the one before")
+        return None
+
+    def best(self, metric: str, mode: str) -> Checkpoint | None:
+        """The scored checkpoint with the best metric; the earlier one of two equals."""
+        scored = [checkpoint for checkpoint in self.all() if checkpoint.metrics]
+        sign = 1 if mode == "max" else -1
+        return max(scored, key=lambda checkpoint: sign * checkpoint.metrics[metric], default=None)
+
+    def save(self, position: Position, metrics: Mapping[str, float], write: Callable[[Path], None]) -> Checkpoint:
+        """A new checkpoint with the files that ``write`` puts into the folder it is given.
+
+        Raises TrainingFailed if the disk is full; earlier checkpoints stay whole.
+        """
+        name = f"step-{position.step:08d}"
+        parent = self.root if self._local else None
+        if parent:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=parent))
+        try:
+            write(staging)
+            checkpoint = Checkpoint(name, position, dict(metrics), _digests(staging))
+            (staging / MANIFEST).write_text(json.dumps(asdict(checkpoint), indent=1))
+            self._publish(staging, name)
+        except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise TrainingFailed(
+                f"checkpoint {name} can't be written to {self.root} ({error.strerror or error}); "
+                "the checkpoints before it are whole. Free space, then run the same command to go on."
+            ) from None
+        return checkpoint
+
+    def _publish(self, staging: Path, name: str) -> None:
+        target = f"{self.root}/{name}"
+        if self._local:
+            # A crash between two runs of the same step leaves an old folder; it is equal or torn.
+            shutil.rmtree(target, ignore_errors=True)
+            staging.rename(target)
+            return
+        for path in sorted(staging.rglob("*"), key=lambda path: (path.name == MANIFEST, path)):
+            if path.is_file():
+                self._filesystem.put_file(str(path), f"{target}/{path.relative_to(staging)}")
+        shutil.rmtree(staging)
+
+    def prune(self, metric: str, mode: str, keep: int) -> None:
+        """Delete all but the best and the newest ``keep - 1`` checkpoints, and what crashed writers left."""
+        best = self.best(metric, mode)
+        kept = {checkpoint.name for checkpoint in self.all()[-(keep - 1) :]} | ({best.name} if best else set())
+        for path in self._filesystem.ls(self.root, detail=False):
+            if path.rstrip("/").rsplit("/", 1)[-1] not in kept:
+                self._filesystem.rm(path, recursive=True)
+
+    def local(self, checkpoint: Checkpoint) -> Path:
+        """A local folder with the checkpoint's files: the folder itself, or a download."""
+        if self._local:
+            return Path(self.root) / checkpoint.name
+        into = Path(tempfile.mkdtemp(prefix="banjoray-checkpoint-"))
+        for name in (*checkpoint.files, MANIFEST):
+            (into / name).parent.mkdir(parents=True, exist_ok=True)
+            self._filesystem.get_file(f"{self.root}/{checkpoint.name}/{name}", str(into / name))
+        return into
+
+    def _first_torn(self, checkpoint: Checkpoint) -> str | None:
+        for name, digest in checkpoint.files.items():
+            path = f"{self.root}/{checkpoint.name}/{name}"
+            if not self._filesystem.isfile(path):
+                return f"{name} is missing"
+            with self._filesystem.open(path, "rb") as file:
+                if _sha256(file) != digest:
+                    return f"{name} differs from its digest"
+        return None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {}
+    for path in files:
+        with path.open("rb") as file:
+            digests[str(path.relative_to(folder))] = _sha256(file)
+    return digests
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,96 @@
+"""A job checked from end to end before any worker starts: rows read, tokens made, base found, freezing possible."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from banjoray.config.job import JobConfig
+from banjoray.data.splits import Splits, load_splits
+from banjoray.data.tokens import cached_tokens, token_cache
+from banjoray.errors import ConfigError
+from banjoray.models.freezing import freeze_parameters
+from banjoray.models.loading import (
+    Base,
+    base_config,
+    find_base,
+    load_for_training,
+    load_tokenizer,
+    quiet_libraries,
+    sketch,
+    use_hub,
+)
+from banjoray.tasks.task import Task, check_metrics, task_for
+from banjoray.training.loop import Rows, Start
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A job that can start: everything that a worker needs, and what the driver says about it.
+
+    ``trainable`` and ``weights`` count numbers in the model; ``warnings`` are lines for the user.
+    """
+
+    task: Task
+    splits: Splits
+    base: Base
+    rows: Rows
+    start: Start
+    trainable: int
+    weights: int
+    fingerprint: str
+    warnings: tuple[str, ...]
+
+
+def prepare(job: JobConfig) -> Ready:
+    """Check a job and make its tokens; the driver does this first, each worker then finds the cache warm.
+
+    Raises ConfigError, DataError or ModelError, whichever is found first; nothing has been started by then.
+    """
+    check_metrics(job)
+    quiet_libraries()
+    token = use_hub(job.hub)
+    task = task_for(job.task)
+    splits = load_splits(job, token)
+    base = find_base(job.model, job.hub)
+    tokenizer = load_tokenizer(base)
+    config = base_config(base, job, splits.labels, tokenizer.pad_token_id)
+    _check_length(job, config)
+    trainable, weights = freeze_parameters(sketch(config, task), job.freeze)
+    cache = token_cache(job)
+    train = cached_tokens(splits.train, tokenizer, job.data.max_length, cache)
+    validation = cached_tokens(splits.validation, tokenizer, job.data.max_length, cache)
+
+    def model(folder: Path | None) -> Any:
+        source = base if folder is None else Base(str(folder), "", {})
+        loaded = load_for_training(source, config, task, job.train.seed)
+        freeze_parameters(loaded, job.freeze)
+        return loaded
+
+    return Ready(
+        task=task,
+        splits=splits,
+        base=base,
+        rows=Rows(train, validation, splits.labels, tokenizer.pad_token_id),
+        start=Start(model, tokenizer),
+        trainable=trainable,
+        weights=weights,
+        fingerprint=splits.fingerprint(),
+        warnings=tuple(_cut_warning(job, name, tokens) for name, tokens in (("train", train), ("validation", validation)) if tokens.cut),
+    )
+
+
+def _check_length(job: JobConfig, config: Any) -> None:
+    """Refuse more tokens than the model has positions; it would fail inside an embedding lookup."""
+    limit = getattr(config, "max_position_embeddings", None)
+    # RoBERTa counts positions from padding_idx + 1: two of its 514 positions hold no token.
+    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    if limit and job.data.max_length > limit - offset:
+        raise ConfigError(f"data.max_length: found {job.data.max_length}; {job.model.base} has {limit - offset} positions")
+
+
+def _cut_warning(job: JobConfig, split: str, tokens: Any) -> str:
+    share = tokens.cut / len(tokens)
+    return (
+        f"{split}: {tokens.cut} of {len(tokens)} texts ({share:.1%}) are longer than data.max_length "
+        f"{job.data.max_length} and are cut"
+    )

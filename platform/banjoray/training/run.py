@@ -1,0 +1,363 @@
+"""`train` and `score`: the loop on Ray Train workers, then a score, a gate and the registry."""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+import filelock
+import fsspec
+import ray
+import ray.train
+import ray.train.torch
+
+from banjoray.config.job import JobConfig, load_job
+from banjoray.data.tokens import is_url
+from banjoray.errors import BanjorayError, BrokenVersion, ClusterError, ConfigError, GateRefused, TrainingFailed
+from banjoray.registry import ModelVersion, Registry
+from banjoray.tasks.task import Score
+from banjoray.training.checkpoints import Store
+from banjoray.training.loop import Callbacks, FitResult, Moment, fit
+from banjoray.training.preflight import Ready, prepare
+from banjoray.training.scoring import score_folder
+
+# A registered folder, loaded afresh, may differ from the run's own measurement by this much in any metric:
+# another batch shape rounds differently, which can turn a row that sits on the fence.
+TOLERANCE = 2e-3
+
+Watch = Callable[[Moment], None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind.
+
+    ``checkpoint`` is a Hugging Face folder (the best one); ``version`` its name in the registry, as emotion@3;
+    ``metrics`` are on the validation rows; ``seconds`` and ``rows_per_s`` are of the training loop.
+    """
+
+    run_id: str
+    checkpoint: str
+    version: str
+    metrics: dict[str, float]
+    steps: int
+    seconds: float
+    rows_per_s: float
+    config: JobConfig
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain values; the config stays in ``<checkpoint>/job.yaml``."""
+        return {key: value for key, value in vars(self).items() if key != "config"}
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """A version's score on a split; ``same_data`` says whether the rows are those it was trained beside."""
+
+    version: str
+    split: str
+    score: Score
+    same_data: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain values."""
+        return {"version": self.version, "split": self.split, "same_data": self.same_data} | self.score.to_json()
+
+
+def train(job: JobConfig, watch: Watch = lambda moment: None, say: Say = lambda line: None) -> RunResult:
+    """Run a job to its end: train on Ray workers, score, pass the gate, register.
+
+    The same job started again goes on with its unfinished run. ``watch`` sees every few steps, ``say`` gets lines.
+    Raises ConfigError, DataError, ModelError before anything starts; TrainingFailed; GateRefused (the checkpoint is
+    kept, nothing is registered); BrokenVersion if the registered folder does not score what the run measured.
+    """
+    ready = prepare(job)
+    for warning in ready.warnings:
+        say(warning)
+    with cluster(job), claim_run(job) as run:
+        say(_opening(job, ready, run))
+        result = _fit_on_ray(job, run, watch)
+        checkpoint = best_folder(run, result)
+        registered = gate_and_register(job, ready, checkpoint, result, {"run": run.id, "trial": None})
+        finished = RunResult(
+            run.id,
+            str(checkpoint),
+            str(registered),
+            registered.metrics,
+            result.steps,
+            round(result.seconds, 3),
+            round(result.rows_per_s, 2),
+            job,
+        )
+        run.finish(finished.to_json())
+    return finished
+
+
+def score(reference: str, split: str = "test", registry: str = "./registry") -> ScoreResult:
+    """Load a registered version afresh and compute its score on a split of the data it was trained on.
+
+    Raises RegistryError, BrokenVersion, DataError.
+    """
+    store = Registry(registry)
+    version = store.resolve(reference)
+    folder = store.fetch(version)
+    job = load_job(folder / "job.yaml")
+    found, fingerprint = score_folder(folder, job, split)
+    return ScoreResult(str(version), split, found, fingerprint == version.lineage["data"])
+
+
+@contextmanager
+def cluster(job: JobConfig) -> Iterator[None]:
+    """Ray, connected: the cluster of RAY_ADDRESS (Ray sets it inside a Ray job), else one on this machine.
+
+    A cluster started here is stopped at the end. Raises ConfigError if this machine is too small for the job.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    here = "RAY_ADDRESS" not in os.environ
+    options: dict[str, Any] = {"include_dashboard": False} if here else {}
+    ray.init(runtime_env={"env_vars": worker_environment(job)}, log_to_driver=False, logging_level="ERROR", **options)
+    try:
+        if here:
+            _check_room(job)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_environment(job: JobConfig) -> dict[str, str]:
+    """What must be in a worker's environment before it imports anything: the hub's address, DeepSpeed's device."""
+    # On a machine with GPUs, DeepSpeed would take them for a CPU run too.
+    device = {} if job.scale.gpus_per_worker else {"DS_ACCELERATOR": "cpu"}
+    return job.hub.environment() | device | {"TOKENIZERS_PARALLELISM": "false"}
+
+
+def _check_room(job: JobConfig) -> None:
+    have = ray.cluster_resources()
+    for kind, each in (("CPU", job.scale.cpus_per_worker), ("GPU", job.scale.gpus_per_worker)):
+        needed = each * job.scale.workers
+        if needed > have.get(kind, 0):
+            raise ConfigError(
+                f"scale: {job.scale.workers} workers x {each} {kind} need {needed}, this machine has "
+                f"{have.get(kind, 0):g}. Lower scale.workers or scale.{kind.lower()}s_per_worker, or use a Ray cluster."
+            )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder."""
+
+    id: str
+    url: str
+    resumed: bool
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Mark the run as done; the same job started again makes a new one."""
+        with fsspec.open(f"{self.url}/result.json", "w") as file:
+            json.dump(result, file, indent=1)
+
+
+@contextmanager
+def claim_run(job: JobConfig) -> Iterator[Run]:
+    """The job's unfinished run, or a new one; held by this process until the end of the block.
+
+    Runs of equal training are numbered: ``emotion-3fa9c1d2-1``, ``-2``, ... On local storage a lock file keeps two
+    processes apart; behind a URL there is none, so start a job there once at a time.
+    """
+    root = job.storage.rstrip("/") if is_url(job.storage) else str(Path(job.storage).absolute())
+    filesystem, _ = fsspec.core.url_to_fs(root)
+    for number in range(1, 1_000_000):
+        name = f"{job.name}-{job.training_digest()[:8]}-{number}"
+        url = f"{root}/{name}"
+        if filesystem.exists(f"{url}/result.json"):
+            continue
+        run = Run(name, url, resumed=filesystem.exists(f"{url}/checkpoints"))
+        if is_url(root):
+            yield run
+            return
+        Path(url).mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(f"{url}/.lock", blocking=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            continue
+        with lock:
+            yield run
+        return
+
+
+def _opening(job: JobConfig, ready: Ready, run: Run) -> str:
+    splits = ready.splits
+    verb = "continuing" if run.resumed else "starting"
+    share = f", {ready.trainable / ready.weights:.0%} trained" if ready.trainable < ready.weights else ""
+    return (
+        f"{verb} run {run.id}: {len(splits.train)} train and {len(splits.validation)} validation rows, "
+        f"{len(splits.labels)} labels, {job.model.base} ({ready.weights / 1e6:.1f} M weights{share}), "
+        f"{job.scale.workers} worker{'s' * (job.scale.workers > 1)}, {job.scale.strategy}"
+    )
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Where rank 0 writes how far it is, and the driver reads it."""
+
+    def __init__(self) -> None:
+        self._latest: Moment | None = None
+
+    def put(self, moment: Moment) -> None:
+        self._latest = moment
+
+    def latest(self) -> Moment | None:
+        return self._latest
+
+
+def _work(settings: dict[str, Any]) -> FitResult:
+    """What every Ray Train worker runs."""
+    import torch
+
+    job: JobConfig = settings["job"]
+    torch.set_num_threads(job.scale.cpus_per_worker)
+    ready = prepare(job)
+    board, sent = settings["board"], [0.0]
+
+    def watch(moment: Moment) -> None:
+        import time
+
+        if time.monotonic() - sent[0] > 0.3 or moment.step == moment.steps:
+            board.put.remote(moment)
+            sent[0] = time.monotonic()
+
+    callbacks = Callbacks(report=ray.train.report, watch=watch)
+    return fit(job, ready.rows, ready.task, ready.start, settings["run"], callbacks)
+
+
+def _fit_on_ray(job: JobConfig, run: Run, watch: Watch) -> FitResult:
+    """The loop on Ray Train; a dead worker restarts all of them from the newest checkpoint."""
+    board = _Board.remote()  # type: ignore[attr-defined]
+    scale = job.scale
+    trainer = ray.train.torch.TorchTrainer(
+        _work,
+        train_loop_config={"job": job, "run": run.url, "board": board},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scale.workers,
+            use_gpu=scale.gpus_per_worker > 0,
+            resources_per_worker={"CPU": scale.cpus_per_worker} | ({"GPU": 1} if scale.gpus_per_worker else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=run.url,
+            failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
+        ),
+    )
+    try:
+        with _watching(board, watch):
+            result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _cause(error, run) from error
+    found: FitResult = result.return_value
+    return found
+
+
+@contextmanager
+def _watching(board: Any, watch: Watch) -> Iterator[None]:
+    """Show what is on the board while the block runs."""
+    done = threading.Event()
+
+    def poll() -> None:
+        seen: Moment | None = None
+        while not done.wait(0.3):
+            latest = ray.get(board.latest.remote())
+            if latest is not None and latest != seen:
+                watch(latest)
+                seen = latest
+
+    thread = threading.Thread(target=poll, name="banjoray-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _cause(error: Exception, run: Run) -> BanjorayError:
+    """The error of the first worker that said something, as one of ours."""
+    failures = getattr(error, "worker_failures", {})
+    for rank, failure in sorted(failures.items()):
+        if isinstance(failure, BanjorayError):
+            return failure
+        reason = str(failure).strip().splitlines()[-1] if str(failure).strip() else type(failure).__name__
+        return TrainingFailed(f"worker {rank} failed: {reason}. Checkpoints so far: {run.url}/checkpoints")
+    return TrainingFailed(f"training failed: {error}")
+
+
+def best_folder(run: Run, result: FitResult) -> Path:
+    """The Hugging Face folder of the best checkpoint, on this machine."""
+    return Store(run.url, lambda line: None).local(result.checkpoint) / "model"
+
+
+def gate_and_register(
+    job: JobConfig, ready: Ready, checkpoint: Path, result: FitResult, origin: Mapping[str, str | None]
+) -> ModelVersion:
+    """A registered version of a checkpoint that passes the gate and scores afresh what the run measured."""
+    gate, measured = job.registry.gate, result.checkpoint.metrics
+    if measured[gate.metric] < gate.at_least:
+        raise GateRefused(
+            f"registry.gate: {gate.metric} is {measured[gate.metric]:.4f}, needed at least {gate.at_least}; "
+            f"not registered. The checkpoint stays in {checkpoint}."
+        )
+
+    def verify(folder: Path) -> dict[str, float]:
+        scored = _score_on_ray(folder, job)
+        for metric, value in measured.items():
+            if abs(scored.metrics[metric] - value) > TOLERANCE:
+                raise BrokenVersion(
+                    f"{folder} scores {metric} {scored.metrics[metric]:.5f} when loaded afresh, the run measured "
+                    f"{value:.5f}; not registered"
+                )
+        return scored.metrics
+
+    return Registry(job.registry.root).register(
+        job.model_name,
+        checkpoint,
+        task=job.task,
+        labels=ready.splits.labels,
+        lineage=dict(origin)
+        | {
+            "data": ready.fingerprint,
+            "base": job.model.base,
+            "base_digest": ready.base.digest,
+            "job": job.digest(),
+            "code": f"banjoray {installed('banjoray')}",
+            "precision": result.precision,
+        },
+        verify=verify,
+    )
+
+
+def _score_on_ray(folder: Path, job: JobConfig) -> Score:
+    """Score where a worker would run: the driver may sit on a node without its memory, cores or GPU."""
+
+    def work() -> Score:
+        import torch
+
+        torch.set_num_threads(job.scale.cpus_per_worker)
+        return score_folder(folder, job, "validation")[0]
+
+    remote = ray.remote(num_cpus=job.scale.cpus_per_worker, num_gpus=job.scale.gpus_per_worker)(work)
+    try:
+        found: Score = ray.get(remote.remote())
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, BanjorayError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise ClusterError(f"the process that re-scores the checkpoint died ({error}); the checkpoint is kept") from None
+    return found

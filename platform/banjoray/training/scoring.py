@@ -1,0 +1,73 @@
+"""A model and tokens in, outputs row by row: evaluation during a run, and `score` afterwards."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from banjoray.config.job import JobConfig
+from banjoray.data.batches import padded, sorted_batches
+from banjoray.data.splits import load_splits
+from banjoray.data.tokens import Tokens, cached_tokens, token_cache
+from banjoray.models.loading import labels_of, load_trained, quiet_libraries, use_hub
+from banjoray.tasks.task import Score, task_for
+
+# Rows x longest of one forward pass without gradients; larger batches are not faster on the CPUs measured.
+EVALUATION_TOKENS = 8192
+
+
+def score_folder(folder: Path, job: JobConfig, split: str) -> tuple[Score, str]:
+    """The score of a trained folder, loaded afresh in fp32, on a split of the job's data; and the data's fingerprint.
+
+    Raises DataError: no such split, or rows that can't be read any more.
+    """
+    quiet_libraries()
+    task = task_for(job.task)
+    model, tokenizer = load_trained(folder, task)
+    splits = load_splits(job, use_hub(job.hub))
+    rows = splits.get(split)
+    tokens = cached_tokens(rows, tokenizer, job.data.max_length, token_cache(job))
+    device = torch.device("cuda" if torch.cuda.is_available() and job.scale.gpus_per_worker else "cpu")
+    whole = outputs(model.to(device), tokens, model.config.pad_token_id, device)
+    return task.score(whole, tokens.targets, labels_of(model)), splits.fingerprint()
+
+
+def to_tensors(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """Arrays as tensors on a device; on a CPU they share memory."""
+    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+
+
+def outputs(
+    model: Callable[..., Any],
+    tokens: Tokens,
+    pad_id: int,
+    device: torch.device,
+    share: tuple[int, int] = (0, 1),
+) -> np.ndarray:
+    """The logits of every row, in row order, fp32, on every worker.
+
+    ``share`` is (rank, workers): each worker computes its part, then all exchange theirs. Every worker runs the
+    same number of forward passes, as sharded parameters need.
+    """
+    rank, workers = share
+    batches = sorted_batches(tokens.lengths, EVALUATION_TOKENS)
+    mine = batches[rank::workers]
+    passes = -(-len(batches) // workers)
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    with torch.inference_mode():
+        for number in range(passes):
+            rows = mine[number] if number < len(mine) else batches[-1][:1]
+            logits = model(**to_tensors(padded(tokens, rows, pad_id), device)).logits
+            if number < len(mine):
+                parts.append((rows, logits.float().cpu().numpy()))
+    if workers > 1:
+        gathered: list[Any] = [None] * workers
+        torch.distributed.all_gather_object(gathered, parts)
+        parts = [part for theirs in gathered for part in theirs]
+    whole = np.empty((len(tokens), *parts[0][1].shape[1:]), dtype=np.float32)
+    for rows, values in parts:
+        whole[rows] = values
+    return whole
