@@ -42,13 +42,12 @@ class TextClassification:
     def answer(
         self, outputs: np.ndarray, labels: Sequence[str], parameters: Mapping[str, Any]
     ) -> list[dict[str, str | float]]:
-        """[{"label", "score"}] by falling score; ``top_k`` of them (null: all; not given: 1, as the hub does).
+        """[{"label", "score"}] by falling score: all labels, or the first ``top_k``.
 
         ``function_to_apply`` is softmax (the default), sigmoid or none.
         """
-        top_k = parameters.get("top_k", 1)
-        if top_k is None:
-            top_k = len(labels)
+        top_k = parameters.get("top_k")
+        top_k = len(labels) if top_k is None else top_k
         if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
             raise RequestError(f"parameters.top_k: found {top_k!r}; needed a whole number >= 1, or null for all")
         scores = _apply(outputs.astype(np.float64), parameters.get("function_to_apply") or "softmax")

@@ -1,9 +1,10 @@
 """`train` and `score`: the loop on Ray Train workers, then a score, a gate and the registry."""
 
+import itertools
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed
@@ -80,10 +81,10 @@ def train(job: JobConfig, watch: Watch = lambda moment: None, say: Say = lambda 
     ready = prepare(job)
     for warning in ready.warnings:
         say(warning)
-    with cluster(job), claim_run(job) as run:
+    with cluster(job), claim_run(job, f"{job.name}-{job.training_digest()[:8]}") as run:
         say(_opening(job, ready, run))
-        result = _fit_on_ray(job, run, watch)
-        checkpoint = best_folder(run, result)
+        result = fit_on_ray(job, run.url, watch)
+        checkpoint = best_folder(run.url, result)
         registered = gate_and_register(job, ready, checkpoint, result, {"run": run.id, "trial": None})
         finished = RunResult(
             run.id,
@@ -165,20 +166,20 @@ class Run:
 
 
 @contextmanager
-def claim_run(job: JobConfig) -> Iterator[Run]:
-    """The job's unfinished run, or a new one; held by this process until the end of the block.
+def claim_run(job: JobConfig, stem: str, resume: bool = True) -> Iterator[Run]:
+    """The unfinished run called ``stem``-number, or a new one; held by this process until the end of the block.
 
-    Runs of equal training are numbered: ``emotion-3fa9c1d2-1``, ``-2``, ... On local storage a lock file keeps two
-    processes apart; behind a URL there is none, so start a job there once at a time.
+    Without ``resume``, always a new one. On local storage a lock file keeps two processes apart; behind a URL there
+    is none, so start a job there once at a time.
     """
     root = job.storage.rstrip("/") if is_url(job.storage) else str(Path(job.storage).absolute())
     filesystem, _ = fsspec.core.url_to_fs(root)
-    for number in range(1, 1_000_000):
-        name = f"{job.name}-{job.training_digest()[:8]}-{number}"
-        url = f"{root}/{name}"
-        if filesystem.exists(f"{url}/result.json"):
+    for number in itertools.count(1):
+        url = f"{root}/{stem}-{number}"
+        known = filesystem.exists(url)
+        if filesystem.exists(f"{url}/result.json") or (known and not resume):
             continue
-        run = Run(name, url, resumed=filesystem.exists(f"{url}/checkpoints"))
+        run = Run(f"{stem}-{number}", url, resumed=filesystem.exists(f"{url}/checkpoints"))
         if is_url(root):
             yield run
             return
@@ -238,13 +239,16 @@ def _work(settings: dict[str, Any]) -> FitResult:
     return fit(job, ready.rows, ready.task, ready.start, settings["run"], callbacks)
 
 
-def _fit_on_ray(job: JobConfig, run: Run, watch: Watch) -> FitResult:
-    """The loop on Ray Train; a dead worker restarts all of them from the newest checkpoint."""
+def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] = ()) -> FitResult:
+    """The loop on Ray Train, in folder ``run``; a dead worker restarts all of them from the newest checkpoint.
+
+    ``callbacks`` are Ray Train's. Raises TrainingFailed when every retry is used up.
+    """
     board = _Board.remote()  # type: ignore[attr-defined]
     scale = job.scale
     trainer = ray.train.torch.TorchTrainer(
         _work,
-        train_loop_config={"job": job, "run": run.url, "board": board},
+        train_loop_config={"job": job, "run": run, "board": board},
         scaling_config=ray.train.ScalingConfig(
             num_workers=scale.workers,
             use_gpu=scale.gpus_per_worker > 0,
@@ -252,7 +256,8 @@ def _fit_on_ray(job: JobConfig, run: Run, watch: Watch) -> FitResult:
         ),
         run_config=ray.train.RunConfig(
             name="ray",
-            storage_path=run.url,
+            storage_path=run,
+            callbacks=list(callbacks),
             failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
         ),
     )
@@ -287,20 +292,20 @@ def _watching(board: Any, watch: Watch) -> Iterator[None]:
         thread.join()
 
 
-def _cause(error: Exception, run: Run) -> BanjorayError:
+def _cause(error: Exception, run: str) -> BanjorayError:
     """The error of the first worker that said something, as one of ours."""
     failures = getattr(error, "worker_failures", {})
     for rank, failure in sorted(failures.items()):
         if isinstance(failure, BanjorayError):
             return failure
         reason = str(failure).strip().splitlines()[-1] if str(failure).strip() else type(failure).__name__
-        return TrainingFailed(f"worker {rank} failed: {reason}. Checkpoints so far: {run.url}/checkpoints")
+        return TrainingFailed(f"worker {rank} failed: {reason}. Checkpoints so far: {run}/checkpoints")
     return TrainingFailed(f"training failed: {error}")
 
 
-def best_folder(run: Run, result: FitResult) -> Path:
-    """The Hugging Face folder of the best checkpoint, on this machine."""
-    return Store(run.url, lambda line: None).local(result.checkpoint) / "model"
+def best_folder(run: str, result: FitResult) -> Path:
+    """The Hugging Face folder of a run's best checkpoint, on this machine."""
+    return Store(run, lambda line: None).local(result.checkpoint) / "model"
 
 
 def gate_and_register(
@@ -315,7 +320,8 @@ def gate_and_register(
         )
 
     def verify(folder: Path) -> dict[str, float]:
-        scored = _score_on_ray(folder, job)
+        # What a registry behind a URL holds was copied to this machine alone, so it is scored in this process.
+        scored = score_folder(folder, job, "validation")[0] if is_url(job.registry.root) else _score_on_ray(folder, job)
         for metric, value in measured.items():
             if abs(scored.metrics[metric] - value) > TOLERANCE:
                 raise BrokenVersion(

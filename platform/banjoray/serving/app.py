@@ -1,0 +1,229 @@
+"""HTTP answers from a registered version: one Ray Serve deployment, ingress and model in the same replica."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from ray import serve
+from ray.serve.schema import ServeDeploySchema
+from starlette.exceptions import HTTPException
+
+from banjoray.config.job import read_yaml
+from banjoray.config.section import validate
+from banjoray.config.serve import ServeConfig
+from banjoray.data.tokens import is_url
+from banjoray.errors import ClusterError, ConfigError, RequestError
+from banjoray.registry import Registry
+from banjoray.serving.batching import Batcher
+from banjoray.serving.engine import Encoded, load
+from banjoray.serving.protocols import huggingface
+
+api = FastAPI(title="banjoray", description="Answers of one registered model version.")
+
+_TEXT = {"type": "string", "example": "what a lovely surprise"}
+_PAIR = {"type": "object", "required": ["text"], "properties": {"text": _TEXT, "text_pair": {"type": "string"}}}
+_ROW = {"anyOf": [_TEXT, _PAIR]}
+_BODY = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {
+        "inputs": {"anyOf": [_TEXT, _PAIR, {"type": "array", "items": _ROW, "minItems": 1}]},
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "top_k": {"type": "integer", "minimum": 1, "nullable": True},
+                "function_to_apply": {"enum": ["softmax", "sigmoid", "none"]},
+            },
+        },
+    },
+}
+_ANSWER = {
+    "type": "array",
+    "items": {
+        "type": "array",
+        "items": {"type": "object", "properties": {"label": {"type": "string"}, "score": {"type": "number"}}},
+    },
+}
+_ERROR = {"type": "object", "properties": {"error": {"type": "string"}}}
+_DOCUMENTED: dict[str, Any] = {
+    "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": _BODY}}}},
+    "responses": {200: {"description": "One list per row.", "content": {"application/json": {"schema": _ANSWER}}}}
+    | {
+        status: {"description": text, "content": {"application/json": {"schema": _ERROR}}}
+        for status, text in {400: "Not JSON.", 404: "Another model.", 413: "Too large.", 422: "Wrong shape."}.items()
+    },
+}
+
+
+@api.exception_handler(RequestError)
+async def _refuse(_: Request, error: RequestError) -> JSONResponse:
+    return JSONResponse({"error": error.message}, error.status)
+
+
+@api.exception_handler(HTTPException)
+async def _not_found(request: Request, error: HTTPException) -> JSONResponse:
+    return JSONResponse({"error": f"{request.method} {request.url.path}: {error.detail}"}, error.status_code)
+
+
+# serve.ingress pickles the routes with the names they use, so what they use stands above them.
+async def _body(request: Request, limit: int) -> bytes:
+    """The request's body; refused as soon as it is known to be too large."""
+    too_large = RequestError(f"the body is larger than {limit / 2**20:g} MiB", 413)
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > limit:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise too_large
+    return bytes(body)
+
+
+@serve.deployment(name="Endpoint")
+@serve.ingress(api)
+class Endpoint:
+    """One replica: reads a request, encodes its rows, waits for its share of a batch, answers."""
+
+    def __init__(self, config: ServeConfig, version: str) -> None:
+        self._config = config
+        self._engine = load(version, config.registry)
+        self._batcher: Batcher[Encoded, np.ndarray] = Batcher(self._forward, config.max_batch_tokens)
+        registered = self._engine.version
+        self._headers = {"x-model-version": str(registered), "x-run-id": str(registered.lineage["run"])}
+
+    def _forward(self, rows: Any) -> list[np.ndarray]:
+        return list(self._engine.forward(rows))
+
+    @api.post("/", summary="Answer rows", **_DOCUMENTED)
+    async def answer(self, request: Request) -> Response:
+        """Hugging Face's inference schema: one list of {label, score} per row."""
+        engine = self._engine
+        body = await _body(request, int(self._config.max_body_mib * 2**20))
+        ask = huggingface.parse(body, engine.task, self._config.max_rows)
+        rows = await asyncio.to_thread(engine.encode, ask.rows)
+        answers = huggingface.answer(await self._batcher.outputs(rows), ask, engine.task, engine.labels)
+        return JSONResponse(answers, headers=self._headers)
+
+    @api.post("/models/{name}", summary="Answer rows, by the model's name", **_DOCUMENTED)
+    async def answer_model(self, name: str, request: Request) -> Response:
+        """The same as ``POST /``, at the path that `huggingface_hub.InferenceClient` uses."""
+        served = self._engine.version.model
+        if name != served:
+            raise RequestError(f"no model '{name}' here; this endpoint serves '{served}'", 404)
+        return await self.answer(request)
+
+    @api.get("/healthz", summary="Ready to answer")
+    async def healthz(self) -> dict[str, str]:
+        """Answers once the model is loaded and has made its first pass."""
+        return {"status": "ok"}
+
+    @api.get("/", summary="What answers here")
+    async def about(self) -> Response:
+        """The model's name, version, task and labels, and the run it came from."""
+        version = self._engine.version
+        told = {
+            "model": version.model,
+            "version": version.version,
+            "task": version.task,
+            "labels": version.labels,
+            "metrics": dict(version.metrics),
+            "lineage": dict(version.lineage),
+        }
+        return JSONResponse(told, headers=self._headers)
+
+
+def build(args: Mapping[str, Any]) -> serve.Application:
+    """The application of a serve config's ``args``; Serve calls it.
+
+    An alias is resolved here, once, so that replicas that start later serve the same version.
+    Raises ConfigError, RegistryError.
+    """
+    config = validate(ServeConfig, args, "args")
+    version = Registry(config.registry).resolve(config.model)
+    application: serve.Application = Endpoint.bind(config, str(version))  # type: ignore[attr-defined]
+    return application
+
+
+@contextmanager
+def serving(file: str | Path, port: int | None, say: Callable[[str], None]) -> Iterator[str]:
+    """A serve config's applications on this machine while the block runs; the address they answer at.
+
+    Listens on 127.0.0.1 unless the file names a host. Starts a Ray of its own and stops it at the end.
+    Raises ConfigError: a wrong file, a port in use; ClusterError: an application that does not come up.
+    """
+    config = _read(file, port)
+    host, number = config.http_options.host, config.http_options.port
+    _check_port(host, number)
+    say(f"starting {', '.join(application.name for application in config.applications)}")
+    started = not ray.is_initialized()
+    if started:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        # What `serve run FILE` does: the config goes to Serve's controller as it is.
+        serve.start(proxy_location=config.proxy_location, http_options=config.http_options.model_dump())
+        serve.context._get_global_client().deploy_apps(config, _blocking=False)  # noqa: SLF001
+        _wait_until_running([application.name for application in config.applications])
+        yield f"http://{host}:{number}"
+    finally:
+        serve.shutdown()
+        if started:
+            ray.shutdown()
+
+
+def _read(file: str | Path, port: int | None) -> ServeDeploySchema:
+    """A serve config, checked down to the arguments of `build`, with what `banjoray serve` sets itself."""
+    tree = read_yaml(file)
+    http = {"host": "127.0.0.1"} | (tree.get("http_options") or {}) | ({"port": port} if port else {})
+    for application in tree.get("applications") or []:
+        if application.get("import_path") != "banjoray.serving.app:build":
+            continue
+        args = validate(ServeConfig, application.get("args") or {}, f"{file}: args")
+        registry = args.registry if is_url(args.registry) else str(Path(args.registry).absolute())
+        Registry(registry).resolve(args.model)
+        application["args"] = args.model_dump() | {"registry": registry}
+    try:
+        return ServeDeploySchema.model_validate(tree | {"http_options": http})
+    except ValueError as error:
+        raise ConfigError(f"{file}: not a Ray Serve config: {error}") from None
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"{host}:{port} can't be used ({error.strerror}); stop what listens there, or give --port"
+            ) from None
+
+
+def _wait_until_running(names: list[str], timeout_s: float = 300.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        found = {name: serve.status().applications.get(name) for name in names}
+        states = {name: status.status if status else "NOT_STARTED" for name, status in found.items()}
+        if all(state == "RUNNING" for state in states.values()):
+            return
+        for name, status in found.items():
+            if status is not None and states[name] in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise ClusterError(f"application {name} did not start: {_reason(status)}")
+        time.sleep(0.2)
+    raise ClusterError(f"applications are not running after {timeout_s:g} s: {states}")
+
+
+def _reason(status: Any) -> str:
+    """The line of Serve's message that says most."""
+    messages = [status.message, *(deployment.message for deployment in status.deployments.values())]
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line]
+    return (telling or lines or ["Serve gives no reason"])[-1]

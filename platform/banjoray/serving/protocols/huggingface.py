@@ -1,0 +1,45 @@
+"""The request and answer of Hugging Face's inference API, as `huggingface_hub.InferenceClient` sends and reads them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from banjoray.errors import RequestError
+from banjoray.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a request asks: rows for the model, and parameters for the answer."""
+
+    rows: list[dict[str, str]]
+    parameters: Mapping[str, Any]
+
+
+def parse(body: bytes, task: Task, max_rows: int) -> Ask:
+    """The rows and parameters in a request body: {"inputs": ..., "parameters": {...}}.
+
+    Raises RequestError: 400 if it is not JSON, 413 for too many rows, 422 for another shape.
+    """
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON ({error})", 400) from None
+    if not isinstance(request, dict) or "inputs" not in request:
+        found = f"keys {sorted(request)}" if isinstance(request, dict) else type(request).__name__
+        raise RequestError(f'the body holds {found}; needed {{"inputs": ..., "parameters": {{...}}}}')
+    parameters = request.get("parameters")
+    if not isinstance(parameters, dict | None):
+        raise RequestError(f"parameters: found {type(parameters).__name__}; needed an object")
+    inputs = request["inputs"]
+    if isinstance(inputs, list) and len(inputs) > max_rows:
+        raise RequestError(f"inputs: found {len(inputs)} rows; this endpoint takes {max_rows} in one request", 413)
+    return Ask(task.parse(inputs), parameters or {})
+
+
+def answer(outputs: Sequence[np.ndarray], ask: Ask, task: Task, labels: Sequence[str]) -> list[Any]:
+    """One answer per row, always as a list: the client reads the first, and a flat list would be misread."""
+    return [task.answer(row, labels, ask.parameters) for row in outputs]
