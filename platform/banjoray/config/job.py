@@ -154,7 +154,9 @@ class RegistryConfig(Section):
     """Where a trained model goes."""
 
     root: str = Field("./registry", description="Folder or fsspec URL of the registry.")
-    model: str | None = Field(None, pattern=NAME, description="Name of the model in the registry; null: the job's name.")
+    model: str | None = Field(
+        None, pattern=NAME, description="Name of the model in the registry; null: the job's name."
+    )
     gate: GateConfig = Field(default_factory=GateConfig, description="What the model has to reach.")
 
 
@@ -191,8 +193,13 @@ class JobConfig(Section):
     def _one_clear_message(cls, value: Any) -> Any:
         if isinstance(value, Section) or value in ("none", "embeddings", "backbone"):
             return value
-        if isinstance(value, Mapping) and len(value) == 1 and set(value) <= {"layers", "patterns"}:
-            return value
+        match value:
+            case {"layers": int(count)} if len(value) == 1 and count >= 0:
+                return value
+            case {"patterns": [*patterns]} if (
+                len(value) == 1 and patterns and all(isinstance(p, str) for p in patterns)
+            ):
+                return value
         raise ValueError(f"found {value!r}, needed none, embeddings, backbone, {{layers: k}} or {{patterns: [...]}}")
 
     @model_validator(mode="after")
@@ -217,7 +224,9 @@ class JobConfig(Section):
 
     def training_digest(self) -> str:
         """sha256 of the keys that decide the trained weights: not of where they go, nor of what is searched."""
-        tree = {key: value for key, value in self.to_json().items() if key not in ("registry", "storage", "tune", "hub")}
+        tree = {
+            key: value for key, value in self.to_json().items() if key not in ("registry", "storage", "tune", "hub")
+        }
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:

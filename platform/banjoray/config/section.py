@@ -2,7 +2,8 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -44,6 +45,10 @@ def _explain(kind: type[Section], problem: Any) -> str:
         return f"{path}: {message}" if path else message
     if problem["type"] == "string_pattern_mismatch":
         message = "letters, digits, '.', '_' and '-', a letter or digit first"
+    if problem["type"] == "too_short":
+        message = f"at least {problem['ctx']['min_length']} of them"
+    if problem["type"] == "model_type":
+        message = "keys and values"
     found = problem["input"]
     return f"{path}: found {found!r}, needed {message}"
 
@@ -54,20 +59,25 @@ def _dotted(kind: type[Section], location: tuple[str | int, ...]) -> str:
     current: Any = kind
     for part in location:
         fields = _fields(current)
-        if isinstance(part, int) or not fields or part in fields:
-            keys.append(str(part))
-            current = fields.get(str(part)) if fields else None
-        elif part == location[-1]:
-            keys.append(str(part))
+        members = _members(current)
+        if isinstance(part, str) and part not in fields and len(members) > 1:
+            continue
+        keys.append(str(part))
+        current = get_args(members[0])[1] if get_origin(members[0]) is dict else fields.get(str(part))
     return ".".join(keys)
 
 
+def _members(annotation: Any) -> list[Any]:
+    """The kinds of value that ``annotation`` allows, None apart."""
+    if get_origin(annotation) not in (Union, UnionType):
+        return [annotation]
+    return [member for member in get_args(annotation) if member is not NoneType]
+
+
 def _fields(annotation: Any) -> dict[str, Any]:
-    """Field name -> annotation of the section inside ``annotation`` (itself, or a member of a union)."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return {name: field.annotation for name, field in candidate.model_fields.items()}
-    return {}
+    """Field name -> annotation, of every section that ``annotation`` allows."""
+    sections = [kind for kind in _members(annotation) if isinstance(kind, type) and issubclass(kind, Section)]
+    return {name: field.annotation for section in sections for name, field in section.model_fields.items()}
 
 
 def known_keys(kind: type[Section], prefix: str = "") -> list[str]:

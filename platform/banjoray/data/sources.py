@@ -7,15 +7,17 @@ import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from banjoray.config.job import ColumnsConfig, DataConfig, FilesConfig, HubConfig
 from banjoray.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
 
 SPLITS = ("train", "validation", "test")
 SHIPPED = Path(__file__).parent / "samples"
@@ -33,7 +35,7 @@ _READERS = {
 class Source:
     """The rows of one split and the name that errors call it by (a file name, or set:split)."""
 
-    rows: datasets.Dataset
+    rows: "datasets.Dataset"
     name: str
 
     def where(self, row: int) -> str:
@@ -47,7 +49,12 @@ def read(data: DataConfig, hub: HubConfig, token: str | None = None) -> dict[str
     Raises DataError: an unreadable file (with the line that broke it), no such data set, a missing column,
     an empty or non-text cell (with its file and row).
     """
+    # Not above: it imports huggingface_hub, which reads the job's hub settings at that moment, once.
+    import datasets
+
     datasets.disable_progress_bars()
+    # What can't be read is raised below, in one line.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     files = _shipped(data.source) if data.source and data.source.startswith("banjoray:") else data.files
     sources = _read_files(files, data.columns) if files else _read_hub(data, hub, token)
     if "train" not in sources:
@@ -75,12 +82,12 @@ def _read_files(files: FilesConfig, columns: ColumnsConfig) -> dict[str, Source]
 
 def _read_file(path: str, columns: ColumnsConfig, split: str) -> Source:
     """One file as one split."""
+    import datasets
+
     name = PurePosixPath(path).name
     suffix = PurePosixPath(path).suffix.lower()
     if suffix not in _READERS:
-        raise DataError(
-            f"data.files.{split}: '{path}' is of no known kind; needed one of {' '.join(sorted(_READERS))}"
-        )
+        raise DataError(f"data.files.{split}: '{path}' is of no known kind; needed one of {' '.join(sorted(_READERS))}")
     filesystem, plain = fsspec.core.url_to_fs(path)
     if not filesystem.isfile(plain):
         raise DataError(f"data.files.{split}: no file '{path}'; paths are looked up from the working directory")
@@ -91,23 +98,40 @@ def _read_file(path: str, columns: ColumnsConfig, split: str) -> Source:
         # Without these, pandas turns the text "NA" into a missing value and the text "007" into a number.
         texts = [column for column in (columns.text, columns.text_pair) if column]
         options = {"sep": "\t" if suffix == ".tsv" else ",", "keep_default_na": False}
-        options["dtype"] = {column: "str" for column in texts}
+        options["converters"] = dict.fromkeys(texts, str)
     try:
         rows = datasets.load_dataset(_READERS[suffix], data_files={split: path}, split=split, **options)
-    except datasets.exceptions.DatasetGenerationError as error:
+        # The JSON reader takes any bytes for text.
+        rows.data.validate(full=True)
+        if "__index_level_0__" in rows.column_names:
+            raise ValueError("every row has more cells than the header")
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise DataError(_why_unreadable(path, name, suffix, error)) from None
     return Source(rows, name)
 
 
 def _why_unreadable(path: str, name: str, suffix: str, error: Exception) -> str:
     """The first line of the file that breaks it, or what the reader said."""
-    try:
-        with fsspec.open(path, "rt", encoding="utf-8") as file:
-            finding = _first_bad_line(file, suffix)
-    except UnicodeDecodeError as decoding:
-        finding = f"byte {decoding.start} is not UTF-8"
+    finding = None
+    if suffix != ".parquet":
+        finding = _first_foreign_line(path)
+        if finding is None:
+            with fsspec.open(path, "rt", encoding="utf-8", newline="") as file:
+                finding = _first_bad_line(file, suffix)
     cause = str(error.__cause__ or error).splitlines()[0]
+    if "corresponds to no data" in cause:
+        cause = "it has no rows"
     return f"data: {name} can't be read: {finding or cause}"
+
+
+def _first_foreign_line(path: str) -> str | None:
+    with fsspec.open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number} is not UTF-8 (byte {error.start + 1} of the line)"
+    return None
 
 
 def _first_bad_line(file: Any, suffix: str) -> str | None:
@@ -134,6 +158,8 @@ def _first_bad_line(file: Any, suffix: str) -> str | None:
 
 
 def _read_hub(data: DataConfig, hub: HubConfig, token: str | None) -> dict[str, Source]:
+    import datasets
+
     try:
         loaded = datasets.load_dataset(data.source, data.config, revision=data.revision, token=token)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -165,8 +191,9 @@ def _check_text(source: Source, column: str) -> None:
     """Refuse a column with a cell that is missing, not text, or only blanks."""
     cells = column_of(source.rows, column)
     if not pa.types.is_string(cells.type) and not pa.types.is_large_string(cells.type):
-        found = cells[0].as_py()
-        raise DataError(f"data: {source.where(0)}, column '{column}' holds {found!r} ({cells.type}); needed text")
+        values = enumerate(source.rows[column][:])
+        row, found = next((row, cell) for row, cell in values if not isinstance(cell, str))
+        raise DataError(f"data: {source.where(row)}, column '{column}' holds {found!r}; needed text")
     empty = pc.or_kleene(pc.is_null(cells), pc.equal(pc.utf8_trim_whitespace(cells), ""))
     first = pc.index(empty, True).as_py()
     if first >= 0:
@@ -176,6 +203,6 @@ def _check_text(source: Source, column: str) -> None:
         raise DataError(f"data: {source.where(first)}, column '{column}' holds {found}; needed text{others}")
 
 
-def column_of(rows: datasets.Dataset, column: str) -> pa.ChunkedArray:
+def column_of(rows: "datasets.Dataset", column: str) -> pa.ChunkedArray:
     """A column as Arrow, in row order."""
     return rows.select_columns([column]).with_format("arrow")[:].column(0)

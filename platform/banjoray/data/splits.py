@@ -2,15 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 
 from banjoray.config.job import DataConfig, JobConfig
-from banjoray.data.sources import Source, column_of, read
+from banjoray.data.sources import Source, read
 from banjoray.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Split:
     """
 
     name: str
-    rows: datasets.Dataset
+    rows: "datasets.Dataset"
     texts: tuple[str, ...]
     targets: np.ndarray
 
@@ -96,30 +99,46 @@ def _label_names(train: Source, data: DataConfig) -> tuple[str, ...]:
         if len(set(data.labels)) != len(data.labels):
             raise DataError(f"data.labels: a name stands twice in {data.labels}")
         return tuple(data.labels)
-    feature = train.rows.features[data.columns.label]
-    if isinstance(feature, datasets.ClassLabel):
-        return tuple(feature.names)
-    values = column_of(train.rows, data.columns.label).unique().to_pylist()
-    present = [value for value in values if value is not None]
-    if any(not isinstance(value, (str, int)) for value in present):
-        found = next(value for value in present if not isinstance(value, (str, int)))
-        raise DataError(
-            f"data: column '{data.columns.label}' of {train.name} holds {found!r}; needed label names or whole numbers"
-        )
-    return tuple(str(value) for value in sorted(present))
+    declared = _declared(train, data.columns.label)
+    if declared is not None:
+        return declared
+    values = train.rows[data.columns.label][:]
+    kind = next((type(value) for value in values if value is not None), str)
+    for row, value in enumerate(values):
+        if value is not None and (type(value) is not kind or not isinstance(value, (str, int))):
+            raise DataError(
+                f"data: {train.where(row)}, column '{data.columns.label}' holds {value!r}; "
+                "needed a label's name, or a whole number, the same kind in every row"
+            )
+    names = {value.strip() if isinstance(value, str) else value for value in values}
+    return tuple(str(name) for name in sorted(names - {None, ""}))
+
+
+def _declared(source: Source, column: str) -> tuple[str, ...] | None:
+    """The label names that the data set itself gives to its numbers."""
+    from datasets import ClassLabel
+
+    feature = source.rows.features[column]
+    return tuple(feature.names) if isinstance(feature, ClassLabel) else None
 
 
 def _label_ids(source: Source, data: DataConfig, labels: tuple[str, ...]) -> np.ndarray:
     """The label id of every row; a number counts as an id where it is no label's name."""
     column = data.columns.label
-    cells = column_of(source.rows, column).to_pylist()
+    cells = source.rows[column][:]
     ids = {name: number for number, name in enumerate(labels)}
-    numbered: Mapping[object, int] = {number: number for number in range(len(labels))}
-    if not isinstance(source.rows.features[column], datasets.ClassLabel):
-        numbered = {int(name): number for name, number in ids.items() if _is_whole(name)} or numbered
+    declared = _declared(source, column)
+    if declared is None:
+        whole = {int(name): number for name, number in ids.items() if _is_whole(name)}
+        numbered = whole or {number: number for number in range(len(labels))}
+    else:
+        # Not the number itself: data.labels, or train, may have the same names in another order.
+        numbered = {number: ids[name] for number, name in enumerate(declared) if name in ids}
     found = np.empty(len(cells), dtype=np.int64)
     for row, cell in enumerate(cells):
-        number = ids.get(cell.strip()) if isinstance(cell, str) else numbered.get(cell)
+        number = ids.get(cell.strip()) if isinstance(cell, str) else None
+        if isinstance(cell, int):
+            number = numbered.get(cell)
         if number is None:
             raise DataError(_bad_label(source, row, column, cell, labels))
         found[row] = number
@@ -132,7 +151,7 @@ def _is_whole(name: str) -> bool:
 
 def _bad_label(source: Source, row: int, column: str, cell: object, labels: tuple[str, ...]) -> str:
     where = f"data: {source.where(row)}, column '{column}'"
-    if cell is None or cell in ("", -1):
+    if cell is None or cell == -1 or str(cell).strip() == "":
         return f"{where} holds no label ({cell!r}); needed one of {', '.join(labels)}"
     return f"{where} holds label {cell!r}, which train never shows; it shows {', '.join(labels)}"
 

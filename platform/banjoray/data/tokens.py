@@ -8,7 +8,6 @@ A cache entry is a folder of flat arrays. Rows are slices of one token stream, s
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -59,7 +58,10 @@ class Tokens:
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """sha256 of everything that decides how the tokenizer cuts text."""
-    described = {"class": type(tokenizer).__name__, "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()}}
+    described = {
+        "class": type(tokenizer).__name__,
+        "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+    }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described["backend"] = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
@@ -72,7 +74,11 @@ def tokenise(split: Split, tokenizer: Any, max_length: int) -> Tokens:
     for batch in split.batches(1000):
         # Cut here rather than by the tokenizer's own default, so that longer rows can be counted.
         encoded = tokenizer(
-            batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length, return_overflowing_tokens=False
+            batch["text"],
+            batch.get("text_pair"),
+            truncation=True,
+            max_length=max_length,
+            return_overflowing_tokens=False,
         )
         cut += sum(bool(part.overflowing) for part in (encoded.encodings or ()))
         pieces.append(encoded)
@@ -118,7 +124,7 @@ def _store(tokens: Tokens, entry: Path) -> None:
         np.save(staging / f"{name}.npy", array)
     (staging / "tokens.json").write_text(json.dumps({"arrays": sorted(arrays), "cut": tokens.cut}))
     try:
-        os.replace(staging, entry)
+        staging.replace(entry)
     except OSError:
         # Somebody else was first: a folder with files in it can't be replaced, and theirs is equal.
         shutil.rmtree(staging)

@@ -12,11 +12,13 @@ class Blocks:
     """Where a base model can be cut.
 
     ``stack`` is the path of the list of blocks inside the base model (``encoder.layer``, ``h``, ``layers``);
-    ``depth`` its length; ``embeddings`` the names of parameters below the first block, relative to the base model.
+    ``depth`` its length; ``shared`` says that its blocks serve several depths each (ALBERT), so that there is no cut
+    between them; ``embeddings`` names the parameters below the first block, relative to the base model.
     """
 
     stack: str
     depth: int
+    shared: bool
     embeddings: tuple[str, ...]
 
 
@@ -24,7 +26,7 @@ def find_blocks(model: Any) -> Blocks:
     """The blocks of a model, found by structure, since every family names them differently.
 
     The stack is the longest list of like modules outside a decoder (for an encoder-decoder: the encoder's).
-    Raises ModelError: no such list, or one block shared between all depths (ALBERT).
+    Raises ModelError: no such list.
     """
     from torch import nn
 
@@ -39,12 +41,10 @@ def find_blocks(model: Any) -> Blocks:
         outer = {path: stack for path, stack in outer.items() if not path.startswith("decoder.")} or outer
     declared = getattr(model.config, "num_hidden_layers", None)
     path, stack = max(outer.items(), key=lambda item: len(item[1]), default=("", []))
-    if not path or (declared and len(stack) < declared):
-        why = f"has {len(stack)} block for {declared} layers, shared between all depths" if path else "has no blocks"
-        raise ModelError(
-            f"freeze: {type(base).__name__} {why}; it can't be cut at a depth. Use none, embeddings or backbone."
-        )
-    return Blocks(path, len(stack), tuple(_embedding_parameters(base, path)))
+    if not path:
+        raise ModelError(f"freeze: {type(base).__name__} has no list of blocks; use none, backbone or patterns")
+    shared = isinstance(declared, int) and len(stack) < declared
+    return Blocks(path, len(stack), shared, tuple(_embedding_parameters(base, path)))
 
 
 def _embedding_parameters(base: Any, stack: str) -> Iterator[str]:

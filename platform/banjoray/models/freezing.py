@@ -46,6 +46,11 @@ def _embeddings(model: Any, base: str) -> set[str]:
 
 def _lowest(model: Any, base: str, count: int) -> set[str]:
     blocks = find_blocks(model)
+    if blocks.shared:
+        raise ModelError(
+            f"freeze.layers: {type(model).__name__} shares {blocks.depth} block between all its depths, so there is no "
+            "lower part to freeze; use none, embeddings or backbone"
+        )
     if count > blocks.depth:
         raise ModelError(f"freeze.layers: found {count}; this model has {blocks.depth} blocks ({blocks.stack})")
     below = tuple(f"{base}{blocks.stack}.{number}." for number in range(count))

@@ -38,8 +38,12 @@ def use_hub(hub: HubConfig) -> str | None:
     import sys
 
     os.environ.update(hub.environment())
+    if hub.offline:
+        # Where they were imported before: unlike the endpoint, this is looked at before every request.
+        for late in {"huggingface_hub.constants", "datasets.config"} & sys.modules.keys():
+            vars(sys.modules[late])["HF_HUB_OFFLINE"] = True
     loaded = sys.modules.get("huggingface_hub.constants")
-    if loaded is not None and hub.endpoint and loaded.ENDPOINT != hub.endpoint.rstrip("/"):
+    if loaded is not None and hub.endpoint and hub.endpoint.rstrip("/") != loaded.ENDPOINT:
         raise ConfigError(
             f"hub.endpoint: {hub.endpoint} comes too late, huggingface_hub already uses {loaded.ENDPOINT}; "
             "set HF_ENDPOINT in the environment, or import banjoray before transformers"
@@ -137,7 +141,11 @@ def base_config(base: Base, job: JobConfig, labels: Sequence[str], pad_id: int |
         config.pad_token_id = pad_id
     if job.model.dropout is not None:
         for name, value in config.to_dict().items():
-            if ("dropout" in name or "pdrop" in name) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if (
+                ("dropout" in name or "pdrop" in name)
+                and isinstance(value, (int, float))
+                and not isinstance(value, bool)
+            ):
                 setattr(config, name, job.model.dropout)
     return config
 

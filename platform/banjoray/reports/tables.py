@@ -53,7 +53,11 @@ def trials_table(trials: Sequence[Mapping[str, object]], metric: str) -> Table:
         table.add_column(column, overflow="fold")
     for place, trial in enumerate(trials, start=1):
         values = trial["values"]
-        told = ", ".join(f"{k.rsplit('.', 1)[-1]} {_short(v)}" for k, v in values.items()) if isinstance(values, dict) else ""
+        told = (
+            ", ".join(f"{k.rsplit('.', 1)[-1]} {_short(v)}" for k, v in values.items())
+            if isinstance(values, dict)
+            else ""
+        )
         score = trial["score"]
         shown = f"{score:.4f}" if isinstance(score, float) else str(trial["status"])
         table.add_row(str(place), str(trial["trial"]), told, str(trial["epochs"]), shown, f"{trial['seconds']:.0f}")

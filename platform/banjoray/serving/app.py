@@ -1,6 +1,7 @@
 """HTTP answers from a registered version: one Ray Serve deployment, ingress and model in the same replica."""
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -9,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from ray import serve
 from ray.serve.schema import ServeDeploySchema
 from starlette.exceptions import HTTPException
 
+import ray
 from banjoray.config.job import read_yaml
 from banjoray.config.section import validate
 from banjoray.config.serve import ServeConfig
@@ -25,6 +25,7 @@ from banjoray.registry import Registry
 from banjoray.serving.batching import Batcher
 from banjoray.serving.engine import Encoded, load
 from banjoray.serving.protocols import huggingface
+from ray import serve
 
 api = FastAPI(title="banjoray", description="Answers of one registered model version.")
 
@@ -160,17 +161,18 @@ def serving(file: str | Path, port: int | None, say: Callable[[str], None]) -> I
     Listens on 127.0.0.1 unless the file names a host. Starts a Ray of its own and stops it at the end.
     Raises ConfigError: a wrong file, a port in use; ClusterError: an application that does not come up.
     """
-    config = _read(file, port)
+    config = read_config(file, port)
     host, number = config.http_options.host, config.http_options.port
     _check_port(host, number)
     say(f"starting {', '.join(application.name for application in config.applications)}")
     started = not ray.is_initialized()
     if started:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         # What `serve run FILE` does: the config goes to Serve's controller as it is.
         serve.start(proxy_location=config.proxy_location, http_options=config.http_options.model_dump())
-        serve.context._get_global_client().deploy_apps(config, _blocking=False)  # noqa: SLF001
+        client: Any = serve.context._get_global_client()  # noqa: SLF001
+        client.deploy_apps(config, _blocking=False)
         _wait_until_running([application.name for application in config.applications])
         yield f"http://{host}:{number}"
     finally:
@@ -179,7 +181,7 @@ def serving(file: str | Path, port: int | None, say: Callable[[str], None]) -> I
             ray.shutdown()
 
 
-def _read(file: str | Path, port: int | None) -> ServeDeploySchema:
+def read_config(file: str | Path, port: int | None) -> ServeDeploySchema:
     """A serve config, checked down to the arguments of `build`, with what `banjoray serve` sets itself."""
     tree = read_yaml(file)
     http = {"host": "127.0.0.1"} | (tree.get("http_options") or {}) | ({"port": port} if port else {})
@@ -226,4 +228,4 @@ def _reason(status: Any) -> str:
     messages = [status.message, *(deployment.message for deployment in status.deployments.values())]
     lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
     telling = [line for line in lines if "Error" in line]
-    return (telling or lines or ["Serve gives no reason"])[-1]
+    return str((telling or lines or ["Serve gives no reason"])[-1])

@@ -52,8 +52,8 @@ def task_for(name: str) -> Task:
     """The task of that name."""
     from banjoray.tasks.text_classification import TextClassification
 
-    tasks: dict[str, type[Task]] = {TextClassification.name: TextClassification}
-    return tasks[name]()
+    tasks: dict[str, Task] = {TextClassification.name: TextClassification()}
+    return tasks[name]
 
 
 def check_metrics(job: JobConfig) -> None:

@@ -58,12 +58,12 @@ class TextClassification:
         return [{"label": labels[number], "score": float(scores[number])} for number in best]
 
 
-def _row(row: Any, where: str) -> dict[str, str]:
-    if isinstance(row, str):
-        row = {"text": row}
-    if not isinstance(row, dict):
-        raise RequestError(f"{where}: found {type(row).__name__}; needed {_SHAPES}")
-    row = {key: cell for key, cell in row.items() if not (key == "text_pair" and cell is None)}
+def _row(found: Any, where: str) -> dict[str, str]:
+    if not isinstance(found, str | dict):
+        raise RequestError(f"{where}: found {type(found).__name__}; needed {_SHAPES}")
+    row = {"text": found} if isinstance(found, str) else dict(found)
+    if row.get("text_pair", "") is None:
+        del row["text_pair"]
     if "text" not in row or not set(row) <= {"text", "text_pair"}:
         raise RequestError(f"{where}: found keys {sorted(map(str, row))}; needed text, and text_pair for a pair")
     for key, cell in row.items():
@@ -75,19 +75,23 @@ def _row(row: Any, where: str) -> dict[str, str]:
 
 
 def _apply(logits: np.ndarray, function: Any) -> np.ndarray:
+    scores: np.ndarray
     match function:
         case "softmax":
-            return np.exp(_log_softmax(logits))
+            scores = np.exp(_log_softmax(logits))
         case "sigmoid":
-            return 1 / (1 + np.exp(-logits))
+            scores = np.exp(-np.logaddexp(0, -logits))
         case "none":
-            return logits
-    raise RequestError(f"parameters.function_to_apply: found {function!r}; needed softmax, sigmoid or none")
+            scores = logits
+        case _:
+            raise RequestError(f"parameters.function_to_apply: found {function!r}; needed softmax, sigmoid or none")
+    return scores
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted: np.ndarray = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
 
 
 @cache

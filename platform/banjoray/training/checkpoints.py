@@ -1,9 +1,9 @@
 """Checkpoints of one run: complete or absent, the best and the newest kept.
 
-    <run>/checkpoints/step-00000038/
-        model/                   a Hugging Face folder (safetensors, tokenizer) and the resolved job.yaml
-        optimizer.safetensors    AdamW's moments, whole, by parameter name: any number of workers can go on
-        checkpoint.json          where the run stood, and the digest of every file; written last
+<run>/checkpoints/step-00000038/
+    model/                   a Hugging Face folder (safetensors, tokenizer) and the resolved job.yaml
+    optimizer.safetensors    AdamW's moments, whole, by parameter name: any number of workers can go on
+    checkpoint.json          where the run stood, and the digest of every file; written last
 """
 
 import hashlib
@@ -27,12 +27,14 @@ MANIFEST = "checkpoint.json"
 class Position:
     """Where a run stands: ``step`` optimizer steps are done, the next batch is ``batch`` of ``epoch``.
 
-    ``history`` has one entry per finished epoch: its metrics, learning rate and training loss.
+    ``loss`` sums the losses of the steps done in this epoch; ``history`` has one entry per finished epoch: its metrics
+    and training loss.
     """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    loss: float = 0.0
     history: tuple[dict[str, float], ...] = ()
 
 
@@ -59,18 +61,24 @@ class Store:
         """Every complete checkpoint, oldest first; files are not read."""
         found = []
         for path in self._filesystem.glob(f"{self.root}/step-*/{MANIFEST}"):
-            saved = json.loads(self._filesystem.cat_file(path))
+            try:
+                saved = json.loads(self._filesystem.cat_file(path))
+            except ValueError as error:
+                self._warn(f"checkpoint {path.split('/')[-2]} is torn ({MANIFEST}: {error}); using the one before")
+                continue
             position = Position(**saved["position"] | {"history": tuple(saved["position"]["history"])})
             found.append(Checkpoint(path.split("/")[-2], position, saved["metrics"], saved["files"]))
         return sorted(found, key=lambda checkpoint: checkpoint.name)
 
     def newest_whole(self) -> Checkpoint | None:
-        """The newest checkpoint whose files are what its manifest says; torn ones are skipped, and named."""
+        """The newest checkpoint whose files are what its manifest says; torn ones are named, and deleted."""
         for checkpoint in reversed(self.all()):
             torn = self._first_torn(checkpoint)
             if torn is None:
                 return checkpoint
             self._warn(f"checkpoint {checkpoint.name} is torn ({torn}); using the one before")
+            # Left there it would pass for the newest, and `prune` would delete what is made after it.
+            self._filesystem.rm(f"{self.root}/{checkpoint.name}", recursive=True)
         return None
 
     def best(self, metric: str, mode: str) -> Checkpoint | None:
@@ -115,9 +123,10 @@ class Store:
         shutil.rmtree(staging)
 
     def prune(self, metric: str, mode: str, keep: int) -> None:
-        """Delete all but the best and the newest ``keep - 1`` checkpoints, and what crashed writers left."""
+        """Delete all but ``keep`` checkpoints, the best and the newest others, and what crashed writers left."""
         best = self.best(metric, mode)
-        kept = {checkpoint.name for checkpoint in self.all()[-(keep - 1) :]} | ({best.name} if best else set())
+        others = [checkpoint.name for checkpoint in self.all() if checkpoint != best]
+        kept = {best.name, *others[-(keep - 1) :]} if best else set(others[-keep:])
         for path in self._filesystem.ls(self.root, detail=False):
             if path.rstrip("/").rsplit("/", 1)[-1] not in kept:
                 self._filesystem.rm(path, recursive=True)

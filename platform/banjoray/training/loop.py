@@ -95,7 +95,9 @@ def fit(job: JobConfig, rows: Rows, task: Task, start: Start, run: str, callback
     found = _agree(store.newest_whole)
     folder = store.local(found) if found else None
     choice = choose_precision(job.train.precision, job.scale.gpus_per_worker > 0)
-    strategy = build(job, start.model(folder / "model" if folder else None), choice.precision)
+    # from_pretrained hands out models in evaluation mode, without dropout.
+    model = start.model(folder / "model" if folder else None).train()
+    strategy = build(job, model, choice.precision)
     session = _Session(job, rows, task, start.tokenizer, strategy, store, callbacks)
     notes.append(f"precision {choice.precision}: {choice.reason}")
     if found and folder:
@@ -115,7 +117,7 @@ class _Session:
         self._job, self._rows, self._task, self._tokenizer = job, rows, task, tokenizer
         self._strategy, self._store, self._calls = strategy, store, calls
         self._position = Position()
-        self._trained_rows, self._trained_seconds, self._losses = 0, 0.0, [0.0]
+        self._trained_rows, self._trained_seconds = 0, 0.0
         self._per_epoch = len(epoch_batches(rows.train.lengths, job.train.batch_size, job.train.seed, 0))
         self.steps = self._per_epoch * job.train.epochs
         self._factor = _schedule(job, self.steps)
@@ -139,9 +141,11 @@ class _Session:
             self._epoch()
             if self._calls.should_stop():
                 break
-        best = _agree(lambda: self._store.best(train.metric, train.mode))
+        best: Checkpoint | None = _agree(lambda: self._store.best(train.metric, train.mode))
         if best is None:
-            raise TrainingFailed(f"no scored checkpoint in {self._store.root}; it was emptied while the run wrote to it")
+            raise TrainingFailed(
+                f"no scored checkpoint in {self._store.root}; it was emptied while the run wrote to it"
+            )
         return best
 
     def _epoch(self) -> None:
@@ -149,20 +153,20 @@ class _Session:
         train, position = self._job.train, self._position
         batches = epoch_batches(self._rows.train.lengths, train.batch_size, train.seed, position.epoch)
         for number in range(position.batch, len(batches)):
-            self._step(batches[number])
-            self._position = replace(self._position, step=self._position.step + 1, batch=number + 1)
+            loss = self._position.loss + self._step(batches[number])
+            self._position = replace(self._position, step=self._position.step + 1, batch=number + 1, loss=loss)
             every = train.checkpoint_every
             if every != "epoch" and self._position.step % every == 0 and number + 1 < len(batches):
                 self._checkpoint({})
         metrics = self._evaluate()
-        entry = metrics | {"epoch": position.epoch + 1, "train_loss": float(np.mean(self._losses))}
-        self._losses = []
-        self._position = Position(self._position.step, position.epoch + 1, 0, (*self._position.history, entry))
+        entry = metrics | {"epoch": position.epoch + 1, "train_loss": self._position.loss / len(batches)}
+        history = (*self._position.history, entry)
+        self._position = Position(self._position.step, position.epoch + 1, history=history)
         self._checkpoint(metrics)
         self._calls.report(entry)
 
-    def _step(self, batch: np.ndarray) -> None:
-        """One optimizer step over a global batch."""
+    def _step(self, batch: np.ndarray) -> float:
+        """One optimizer step over a global batch; its loss, in nats per row."""
         began = time.perf_counter()
         strategy, position = self._strategy, self._position
         rate = self._job.train.learning_rate * self._factor(position.step)
@@ -182,9 +186,9 @@ class _Session:
             raise TrainingFailed(_not_a_number(loss, position.step, batch, rate))
         self._trained_rows += len(batch)
         self._trained_seconds += time.perf_counter() - began
-        self._losses.append(loss * strategy.workers)
         tokens = sum(int(self._rows.train.lengths[part].sum()) for part in mine)
         self._watch(loss * strategy.workers, rate, cells, tokens)
+        return loss * strategy.workers
 
     def _watch(self, loss: float, rate: float, cells: int, tokens: int) -> None:
         if self._strategy.rank == 0:
@@ -265,4 +269,3 @@ def _agree(decide: Callable[[], Any]) -> Any:
     box = [decide() if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
-

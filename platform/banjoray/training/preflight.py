@@ -75,7 +75,11 @@ def prepare(job: JobConfig) -> Ready:
         trainable=trainable,
         weights=weights,
         fingerprint=splits.fingerprint(),
-        warnings=tuple(_cut_warning(job, name, tokens) for name, tokens in (("train", train), ("validation", validation)) if tokens.cut),
+        warnings=tuple(
+            _cut_warning(job, name, tokens)
+            for name, tokens in (("train", train), ("validation", validation))
+            if tokens.cut
+        ),
     )
 
 
@@ -85,7 +89,9 @@ def _check_length(job: JobConfig, config: Any) -> None:
     # RoBERTa counts positions from padding_idx + 1: two of its 514 positions hold no token.
     offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
     if limit and job.data.max_length > limit - offset:
-        raise ConfigError(f"data.max_length: found {job.data.max_length}; {job.model.base} has {limit - offset} positions")
+        raise ConfigError(
+            f"data.max_length: found {job.data.max_length}; {job.model.base} has {limit - offset} positions"
+        )
 
 
 def _cut_warning(job: JobConfig, split: str, tokens: Any) -> str:

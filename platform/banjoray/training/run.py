@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,10 +14,10 @@ from typing import Any
 
 import filelock
 import fsspec
-import ray
 import ray.train
 import ray.train.torch
 
+import ray
 from banjoray.config.job import JobConfig, load_job
 from banjoray.data.tokens import is_url
 from banjoray.errors import BanjorayError, BrokenVersion, ClusterError, ConfigError, GateRefused, TrainingFailed
@@ -90,7 +91,7 @@ def train(job: JobConfig, watch: Watch = lambda moment: None, say: Say = lambda 
             run.id,
             str(checkpoint),
             str(registered),
-            registered.metrics,
+            dict(registered.metrics),
             result.steps,
             round(result.seconds, 3),
             round(result.rows_per_s, 2),
@@ -123,8 +124,10 @@ def cluster(job: JobConfig) -> Iterator[None]:
         yield
         return
     here = "RAY_ADDRESS" not in os.environ
-    options: dict[str, Any] = {"include_dashboard": False} if here else {}
-    ray.init(runtime_env={"env_vars": worker_environment(job)}, log_to_driver=False, logging_level="ERROR", **options)
+    # "local": without it, ray.init joins whatever Ray was last started on this machine.
+    options: dict[str, Any] = {"address": "local", "include_dashboard": False} if here else {}
+    environment = {"env_vars": worker_environment(job)}
+    ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **options)
     try:
         if here:
             _check_room(job)
@@ -246,8 +249,10 @@ def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] 
     """
     board = _Board.remote()  # type: ignore[attr-defined]
     scale = job.scale
+    # Typed for functions that return nothing; what rank 0 returns is in Result.return_value.
+    worker: Any = _work
     trainer = ray.train.torch.TorchTrainer(
-        _work,
+        worker,
         train_loop_config={"job": job, "run": run, "board": board},
         scaling_config=ray.train.ScalingConfig(
             num_workers=scale.workers,
@@ -263,7 +268,7 @@ def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] 
     )
     try:
         with _watching(board, watch):
-            result = trainer.fit()
+            result: Any = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _cause(error, run) from error
     found: FitResult = result.return_value
@@ -365,5 +370,7 @@ def _score_on_ray(folder: Path, job: JobConfig) -> Score:
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
-        raise ClusterError(f"the process that re-scores the checkpoint died ({error}); the checkpoint is kept") from None
+        raise ClusterError(
+            f"the process that re-scores the checkpoint died ({error}); the checkpoint is kept"
+        ) from None
     return found

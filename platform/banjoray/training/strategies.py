@@ -215,7 +215,7 @@ class Zero:
             "steps_per_print": 2**31,
         }
 
-    def gradients(self, inputs: Mapping[str, Tensor], weight: float, last: bool) -> float:  # noqa: ARG002
+    def gradients(self, inputs: Mapping[str, Tensor], weight: float, last: bool) -> float:
         """See `Strategy`; the engine counts microbatches itself, and divides by their number."""
         loss = self.engine(**inputs).loss * weight
         self.engine.backward(loss * (self.workers * self._microbatches))

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray import tune as ray_tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
+import ray
 from banjoray.config.job import JobConfig
 from banjoray.config.search import Dimension
 from banjoray.errors import TrainingFailed
@@ -19,6 +18,7 @@ from banjoray.training.loop import Callbacks, FitResult, fit
 from banjoray.training.preflight import prepare
 from banjoray.training.run import Run, best_folder, claim_run, cluster, fit_on_ray, gate_and_register
 from banjoray.tuning.space import STRUCTURAL, corner_jobs, search_of
+from ray import tune as ray_tune
 
 Say = Callable[[str], None]
 
@@ -67,7 +67,8 @@ def tune(job: JobConfig, say: Say = lambda line: None) -> StudyResult:
         if key.split(".")[0] in STRUCTURAL:
             prepare(corner)
     with cluster(job), claim_run(job, f"{job.name}-tune-{job.digest()[:8]}", resume=False) as study:
-        say(f"starting study {study.id}: {search.trials} trials over {', '.join(search.space)}, {_at_once(job)} at a time")
+        keys, at_once = ", ".join(search.space), _at_once(job)
+        say(f"starting study {study.id}: {search.trials} trials over {keys}, {at_once} at a time")
         trials = _run_trials(job, study, say)
         ranked = sorted(trials, key=lambda trial: _rank(trial, job))
         winner = ranked[0]
@@ -78,9 +79,7 @@ def tune(job: JobConfig, say: Say = lambda line: None) -> StudyResult:
         checkpoint = best_folder(_folder(study, winner.trial), result)
         origin = {"run": study.id, "trial": winner.trial}
         registered = gate_and_register(job.with_values(winner.values), ready, checkpoint, result, origin)
-        finished = StudyResult(
-            study.id, str(registered), winner.trial, job.train.metric, winner.score, tuple(ranked)
-        )
+        finished = StudyResult(study.id, str(registered), winner.trial, job.train.metric, winner.score, tuple(ranked))
         study.finish(finished.to_json())
     return finished
 
@@ -119,12 +118,10 @@ def _run_trials(job: JobConfig, study: Run, say: Say) -> list[Trial]:
             trial_name_creator=lambda trial: str(trial.trial_id),
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
-        run_config=ray_tune.RunConfig(
-            name="ray", storage_path=study.url, verbose=0, callbacks=[_Told(job, say)]
-        ),
+        run_config=ray_tune.RunConfig(name="ray", storage_path=study.url, verbose=0, callbacks=[_Told(job, say)]),
     )
     found = tuner.fit()
-    return [_told(job, result) for result in found]
+    return [_told(job, found[number]) for number in range(len(found))]
 
 
 def _trial(job: JobConfig, study: Run) -> Callable[[dict[str, Any]], None]:
@@ -183,8 +180,13 @@ class _Told(ray_tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """Called by Tune in the driver."""
-        values = ", ".join(f"{key} {value:.2e}" if isinstance(value, float) else f"{key} {value}" for key, value in trial.config.items())
-        self._say(f"  trial {trial.trial_id}  epoch {result['epoch']}  {self._metric} {result[self._metric]:.4f}  ({values})")
+        values = ", ".join(
+            f"{key} {value:.2e}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in trial.config.items()
+        )
+        self._say(
+            f"  trial {trial.trial_id}  epoch {result['epoch']}  {self._metric} {result[self._metric]:.4f}  ({values})"
+        )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Called by Tune in the driver."""

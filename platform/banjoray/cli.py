@@ -1,0 +1,376 @@
+"""The command line: read arguments, make a config, make one call, print the answer.
+
+stdout carries the answer, with ``--json`` exactly one JSON object; stderr carries progress. Exit codes: 0 done,
+1 the run failed, 2 you asked for something wrong, 3 a gate refused.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from banjoray import __version__
+from banjoray.errors import BanjorayError, ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+app = typer.Typer(
+    name="banjoray",
+    help="One job file takes raw text to an HTTP answer: fine-tune, search, register and serve transformers on Ray.",
+    epilog="Start with: banjoray quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Result = TypeVar("Result")
+JobFile = Annotated[Path, typer.Argument(help="A job file, as jobs/quickstart.yaml.", show_default=False)]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the job file; may be repeated.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+RegistryRoot = Annotated[str, typer.Option("--registry", help="Folder or fsspec URL of the registry.")]
+Reference = Annotated[str, typer.Argument(help="name@version or name@alias, as emotion@7.", show_default=False)]
+
+
+def main() -> None:
+    """The ``banjoray`` command."""
+    # SIGTERM ends a command as Ctrl-C does, so that what it started is stopped; also in the background of a script,
+    # where shells ignore SIGINT.
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        app()
+    except BanjorayError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+
+
+def _interrupt(number: int, frame: object) -> None:  # noqa: ARG001
+    raise KeyboardInterrupt
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006  typer wants a list
+    """Train a model and register it.
+
+    The same command goes on with an unfinished run.
+    """
+    job = _job(file, values)
+    console = _console()
+
+    def work() -> Any:
+        from banjoray.reports.progress import RunProgress
+        from banjoray.training.run import train as run
+
+        progress = RunProgress(console)
+        with progress.shown():
+            return run(job, watch=progress, say=_say(console))
+
+    result = _quietly(work)
+    speed = f"{result.steps} steps, {result.seconds:.0f} s, {result.rows_per_s:.0f} rows/s"
+    text = [
+        f"{result.version}  {_metrics(result.metrics)}  ({speed})",
+        f"checkpoint  {result.checkpoint}",
+        f"next        banjoray promote {result.version} production",
+    ]
+    _answer(result.to_json(), as_json, *text)
+
+
+@app.command()
+def tune(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """Search tune.space and register the best run."""
+    job = _job(file, values)
+    console = _console()
+
+    def work() -> Any:
+        from banjoray.tuning.run import tune as run
+
+        return run(job, say=_say(console))
+
+    result = _quietly(work)
+    from banjoray.reports.tables import trials_table
+
+    table = trials_table([trial.to_json() for trial in result.trials], result.metric)
+    won = f"{result.version}  {result.metric} {result.score:.4f}  from trial {result.trial}"
+    _answer(result.to_json(), as_json, table, won, f"next  banjoray promote {result.version} production")
+
+
+@app.command()
+def score(
+    reference: Reference,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    registry: RegistryRoot = "./registry",
+    as_json: AsJson = False,
+) -> None:
+    """Score a registered version on a split.
+
+    Loads its files afresh; nothing is taken from what was recorded.
+    """
+
+    def work() -> Any:
+        from banjoray.training.run import score as run
+
+        return run(reference, split, registry)
+
+    result = _quietly(work)
+    if not result.same_data:
+        _console().print("the data has changed since this version was trained", style="yellow")
+    from banjoray.reports.tables import confusion_table
+
+    told = f"{result.version} on {result.split}: {_metrics(result.score.metrics)}"
+    _answer(result.to_json(), as_json, told, confusion_table(result.score))
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="One model; all if not given.")] = None,
+    registry: RegistryRoot = "./registry",
+    as_json: AsJson = False,
+) -> None:
+    """List registered versions and aliases."""
+    from banjoray.registry import Registry
+    from banjoray.reports.tables import versions_table
+
+    store = Registry(registry)
+    names = [name] if name else store.models()
+    listed = {model: (store.versions(model), store.aliases(model)) for model in names}
+    told = {
+        model: {"versions": [version.to_json() for version in versions], "aliases": aliases}
+        for model, (versions, aliases) in listed.items()
+    }
+    lines: list[RenderableType] = [versions_table(versions, aliases) for versions, aliases in listed.values()]
+    _answer(told, as_json, *(lines or [f"no models in {store.root}; banjoray train makes one"]))
+
+
+@app.command()
+def promote(
+    reference: Reference,
+    alias: Annotated[str, typer.Argument(help="The alias that shall point at it, as production.", show_default=False)],
+    expected: Annotated[
+        int | None, typer.Option(help="Only if the alias still points at this version; 0: only if there is none.")
+    ] = None,
+    registry: RegistryRoot = "./registry",
+    as_json: AsJson = False,
+) -> None:
+    """Point an alias at a version.
+
+    What is served follows at the next deployment.
+    """
+    from banjoray.registry import Registry
+
+    store = Registry(registry)
+    version = store.resolve(reference)
+    before = store.promote(version.model, version.version, alias, "anything" if expected is None else expected or None)
+    told = {"model": version.model, "alias": alias, "version": version.version, "before": before}
+    _answer(told, as_json, f"{version.model}@{alias} is {version} (before: {before or 'nothing'})")
+
+
+@app.command()
+def serve(
+    file: Annotated[Path, typer.Argument(help="A Ray Serve config file.", show_default=False)],
+    port: Annotated[int | None, typer.Option(help="Instead of the file's port (8000 if it has none).")] = None,
+) -> None:
+    """Serve a config file here until Ctrl-C.
+
+    Listens on 127.0.0.1 unless the file names another host.
+    """
+    console = _console()
+
+    def work() -> None:
+        from banjoray.serving.app import serving
+
+        with serving(file, port, _say(console)) as url:
+            _say(console)(f"answering at {url} (docs at {url}/docs); Ctrl-C stops it")
+            signal.pause()
+
+    _quietly(work)
+
+
+@app.command()
+def submit(
+    file: JobFile,
+    address: Annotated[str, typer.Option(help="The Ray cluster's job server.")] = "http://127.0.0.1:8265",
+    verb: Annotated[str, typer.Option(help="train or tune.")] = "train",
+    values: Overrides = [],  # noqa: B006
+) -> None:
+    """Run train or tune as a Ray job.
+
+    The working directory goes to the cluster; the job's log comes here, and its exit code is this command's.
+    """
+    if verb not in ("train", "tune"):
+        raise ConfigError(f"--verb: found '{verb}'; needed train or tune")
+    lines: list[str] = []
+
+    def tell(text: str) -> None:
+        sys.stderr.write(text)
+        lines.append(text)
+
+    def work() -> int:
+        from banjoray.cluster.submit import submit as run
+
+        return run(verb, str(file), address, values, tell)
+
+    code = _quietly(work)
+    answers = [line for line in "".join(lines).splitlines() if line.startswith("{") and line.endswith("}")]
+    if answers:
+        typer.echo(answers[-1])
+    raise typer.Exit(code)
+
+
+@app.command()
+def check(files: Annotated[list[Path], typer.Argument(help="Job files or serve configs.", show_default=False)]) -> None:
+    """Check files; nothing is started.
+
+    A job file: keys, rows, labels, base model, freezing, tune.space. A serve config: its schema and its model.
+    """
+    from banjoray.config.job import read_yaml
+
+    for file in files:
+        told = _check_serve(file) if "applications" in read_yaml(file) else _check_job(file)
+        typer.echo(f"{file}: {told}")
+
+
+@app.command()
+def quickstart(
+    port: Annotated[int, typer.Option(help="Where to serve; another free port is taken if it is in use.")] = 8000,
+) -> None:
+    """See it all work here, offline.
+
+    Trains on 600 sentences with two workers, scores, registers, serves, asks three questions.
+    """
+    console = _console()
+    from banjoray.quickstart import run
+
+    _quietly(lambda: run(console, port))
+
+
+@app.command()
+def schema(
+    kind: Annotated[str, typer.Argument(help="job, or serve (the args of an application).")] = "job",
+) -> None:
+    """Print the JSON Schema of a job file.
+
+    Every key with its default, unit and rule; for editors and for reading.
+    """
+    from banjoray.config.job import JobConfig
+    from banjoray.config.section import Section
+    from banjoray.config.serve import ServeConfig
+
+    kinds: dict[str, type[Section]] = {"job": JobConfig, "serve": ServeConfig}
+    if kind not in kinds:
+        raise ConfigError(f"schema: found '{kind}'; needed job or serve")
+    typer.echo(json.dumps(kinds[kind].model_json_schema(), indent=2))
+
+
+def _job(file: Path, values: list[str]) -> Any:
+    from banjoray.config.job import load_job
+
+    return load_job(file, values)
+
+
+def _check_job(file: Path) -> str:
+    job = _job(file, [])
+
+    def work() -> str:
+        from banjoray.training.preflight import prepare
+        from banjoray.tuning.space import corner_jobs
+
+        ready = prepare(job)
+        corners = len(list(corner_jobs(job))) if job.tune else 0
+        for warning in ready.warnings:
+            _say(_console())(warning)
+        rows = f"{len(ready.splits.train)} train and {len(ready.splits.validation)} validation rows"
+        searched = f", {corners} values of tune.space" if corners else ""
+        labels = f"{len(ready.splits.labels)} labels"
+        return f"ok, {rows}, {labels}, {ready.trainable} of {ready.weights} weights trained{searched}"
+
+    return _quietly(work)
+
+
+def _check_serve(file: Path) -> str:
+    def work() -> str:
+        from banjoray.serving.app import read_config
+
+        names = [application.name for application in read_config(file, None).applications]
+        return f"ok, applications {', '.join(names)}"
+
+    return _quietly(work)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _say(console: "Console") -> Callable[[str], None]:
+    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _metrics(metrics: dict[str, float]) -> str:
+    from banjoray.reports.tables import metrics_line
+
+    return metrics_line(metrics)
+
+
+def _quietly(work: Callable[[], Result]) -> Result:
+    """Do the work with what Ray and other libraries print kept out of stdout and the terminal, in a log file."""
+    log = Path(tempfile.gettempdir()) / f"banjoray-{os.getuid()}" / f"{os.getpid()}.log"
+    log.parent.mkdir(mode=0o700, exist_ok=True)
+    try:
+        with _logged_to(log):
+            return work()
+    except BanjorayError as error:
+        if error.exit_code == 1:
+            error.args = (f"{error.args[0]}\nlogs: {log}, and Ray's in /tmp/ray/session_latest/logs", *error.args[1:])
+        raise
+
+
+@contextlib.contextmanager
+def _logged_to(log: Path) -> Iterator[None]:
+    handler = logging.FileHandler(log)
+    names = ("ray", "ray.serve", "ray.train", "ray.tune", "transformers", "datasets", "accelerate", "DeepSpeed")
+    for name in names:
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.propagate = False
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        yield
+
+
+def _answer(told: dict[str, Any], as_json: bool, *lines: "RenderableType") -> None:
+    """Print the answer: one JSON object, or lines for people."""
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for line in lines:
+        console.print(line, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The command line as a user meets it: fast help, one clear line for every mistake, answers on stdout."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from factories import make_job, sample_rows, write_rows
+
+BANJORAY = str(Path(sys.executable).parent / "banjoray")
+
+
+def run(*arguments: str, cwd: Path | None = None, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [BANJORAY, *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a valid tiny job in job.yaml."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "job.yaml").write_text(yaml.safe_dump(make_job(folder).to_json()), encoding="utf-8")
+    return folder
+
+
+def test_importing_the_command_line_loads_neither_torch_nor_ray_nor_pydantic() -> None:
+    heavy = ["torch", "ray", "transformers", "datasets", "pydantic", "rich"]
+    code = f"import sys, banjoray.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_names_every_verb_and_shows_each_in_one_line() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    for verb in ("train", "tune", "score", "models", "promote", "serve", "submit", "check", "quickstart", "schema"):
+        assert f"\n  {verb} " in done.stdout
+    commands = done.stdout.partition("Commands:")[2]
+    assert "..." not in commands
+
+
+@pytest.mark.parametrize("verb", ["train", "tune", "score", "models", "promote", "serve", "submit", "check", "schema"])
+def test_every_verb_has_help(verb: str) -> None:
+    done = run(verb, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_committed_json_schema_is_what_schema_prints() -> None:
+    committed = Path(__file__).parents[2] / "docs/job.schema.json"
+    assert run("schema").stdout == committed.read_text(encoding="utf-8")
+
+
+Wrong = tuple[list[str], list[str]]
+ROWS = [{"text": "good", "label": "a"}, {"text": "bad", "label": "b"}] * 4
+WRONG_VALUES: dict[str, Wrong] = {
+    "unknown key": (["train.learningrate=1"], ["unknown key 'train.learningrate'", "'train.learning_rate'"]),
+    "wrong type": (["train.epochs=three"], ["train.epochs", "'three'", "integer"]),
+    "no value": (["train.epochs"], ["--set train.epochs", "key=value"]),
+    "unknown metric": (["train.metric=bleu"], ["train.metric", "'bleu'", "f1_macro"]),
+    "missing file": (["data.files.train=nowhere.jsonl"], ["data.files.train", "nowhere.jsonl"]),
+    "no such model": (["model.base=no/such-model"], ["model.base", "no/such-model", "hub"]),
+    "missing column": (["data.columns.text=sentence"], ["'sentence'", "train.jsonl", "'text'", "data.columns.text"]),
+    "too many layers": (["freeze={layers: 99}"], ["freeze.layers", "99", "3 blocks"]),
+    "too long": (["data.max_length=4000"], ["data.max_length", "4000", "80 positions"]),
+    "too many workers": (["scale.workers=400", "train.batch_size=400"], ["scale", "400", "this machine has"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_a_wrong_value_gives_one_line_and_exit_code_2(name: str, folder: Path) -> None:
+    values, words = WRONG_VALUES[name]
+    done = run("train", "job.yaml", *(part for value in values for part in ("--set", value)), "--json", cwd=folder)
+    _assert_one_line(done, words)
+
+
+WRONG_ROWS: dict[str, tuple[list[Any], list[str]]] = {
+    "empty cell": ([*ROWS, {"text": "", "label": "a"}], ["wrong.jsonl row 9", "'text'"]),
+    "missing cell": ([*ROWS, {"label": "a"}], ["wrong.jsonl row 9", "'text'"]),
+    "a number for a text": ([{"text": 1, "label": "a"}], ["wrong.jsonl row 1", "'text'", "1"]),
+    "a number among texts": ([*ROWS, {"text": 7, "label": "a"}], ["wrong.jsonl", "row 9", "'text'", "7"]),
+    "one label": ([{"text": "x", "label": "a"}] * 4, ["wrong.jsonl", "'a'", "two"]),
+    "a missing label": ([*ROWS, {"text": "x", "label": None}], ["wrong.jsonl row 9", "label"]),
+    "no rows": ([], ["wrong.jsonl", "empty"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ROWS)
+def test_a_wrong_row_gives_one_line_with_file_and_row_and_exit_code_2(name: str, folder: Path) -> None:
+    rows, words = WRONG_ROWS[name]
+    path = write_rows(folder / "wrong.jsonl", rows)
+    values = [f"data.files.train={path}", "data.files.validation=null", "data.files.test=null"]
+    done = run("train", "job.yaml", *(part for value in values for part in ("--set", value)), cwd=folder)
+    _assert_one_line(done, words)
+
+
+def test_a_broken_line_is_named_by_file_and_row(folder: Path) -> None:
+    (folder / "broken.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", \n', encoding="utf-8")
+    done = run("train", "job.yaml", "--set", "data.files.train=broken.jsonl", cwd=folder)
+    _assert_one_line(done, ["broken.jsonl", "row 2", "JSON"])
+
+
+def test_a_label_that_train_never_shows_is_named_by_file_and_row(folder: Path) -> None:
+    path = write_rows(folder / "held.jsonl", [*sample_rows("validation")[:3], {"text": "yuck", "label": "disgust"}])
+    done = run("train", "job.yaml", "--set", f"data.files.validation={path}", cwd=folder)
+    _assert_one_line(done, ["held.jsonl row 4", "'disgust'", "sadness"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["tune", "job.yaml"], ["tune", "missing"]),
+        (["score", "nobody@1", "--registry", "none"], ["nobody"]),
+        (["promote", "a@b@c", "production"], ["a@b@c"]),
+        (["serve", "job.yaml"], ["job.yaml", "applications"]),
+        (["submit", "job.yaml", "--verb", "fly"], ["--verb", "fly"]),
+        (["submit", "job.yaml", "--set", "storage=./here"], ["storage", "./here", "relative"]),
+        (["schema", "cake"], ["cake"]),
+    ],
+)
+def test_other_verbs_refuse_what_they_are_asked_in_one_line_too(
+    arguments: list[str], words: list[str], folder: Path
+) -> None:
+    _assert_one_line(run(*arguments, cwd=folder), words)
+
+
+def _assert_one_line(done: subprocess.CompletedProcess[str], words: list[str]) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert [word for word in words if word not in lines[0]] == []
+
+
+def test_train_json_is_one_object_on_stdout_and_progress_is_on_stderr(folder: Path) -> None:
+    done = run("train", "job.yaml", "--set", "train.epochs=1", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert set(told) >= {"run_id", "checkpoint", "version", "metrics", "steps", "seconds", "rows_per_s"}
+    assert set(told["metrics"]) == {"accuracy", "f1_macro", "f1_weighted", "loss"}
+    assert told["steps"] == 6
+    assert told["rows_per_s"] > 0
+    assert (Path(told["checkpoint"]) / "model.safetensors").is_file()
+    assert f"starting run {told['run_id']}" in done.stderr
+
+    listed = json.loads(run("models", "--registry", str(folder / "registry"), "--json").stdout)
+    assert [version["version"] for version in listed["tiny"]["versions"]] == [1]
+
+    moved = run("promote", told["version"], "production", "--registry", str(folder / "registry"), "--expected", "0")
+    assert moved.returncode == 0
+    stale = run("promote", told["version"], "production", "--registry", str(folder / "registry"), "--expected", "0")
+    assert stale.returncode == 1
+    assert "StaleAlias" not in stale.stderr
+    assert "found 1" in stale.stderr
+
+    scored = run("score", "tiny@production", "--split", "validation", "--registry", str(folder / "registry"), "--json")
+    assert json.loads(scored.stdout)["metrics"] == pytest.approx(told["metrics"], abs=1e-6)
+
+
+def test_a_gate_that_refuses_gives_exit_code_3(folder: Path) -> None:
+    done = run("train", "job.yaml", "--set", "train.epochs=1", "--set", "registry.gate.at_least=1.1", cwd=folder)
+    assert done.returncode == 3
+    assert "f1_macro" in done.stderr
+    assert "1.1" in done.stderr
+
+
+def test_nothing_a_user_did_wrong_shows_a_traceback_and_a_bug_of_ours_does() -> None:
+    code = "import banjoray.cli as cli; cli._job = lambda *_: 1 / 0; cli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "x.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ),
+    )
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
