@@ -33,7 +33,7 @@ def run(console: Console, port: int) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     say("banjoray quickstart: one job file, from raw text to an HTTP answer. Nothing leaves this machine.")
-    with cluster(job):
+    with cluster(job, say):
         _title(console, "train", f"the job is {job_file}")
         result = _train(console, job, say)
         _title(console, "score", "on 60 sentences that training never saw")

@@ -5,14 +5,43 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import pytest
 import yaml
 
+from banjoray import cli
 from factories import make_job, sample_rows, write_rows
 
 BANJORAY = str(Path(sys.executable).parent / "banjoray")
+
+
+class Done(NamedTuple):
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Call(Protocol):
+    """Runs the command line in this process: importing torch for every mistake would take minutes."""
+
+    def __call__(self, *arguments: str) -> Done: ...
+
+
+@pytest.fixture
+def call(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    def inner(*arguments: str) -> Done:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["banjoray", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return Done(int(ended.value.code or 0), captured.out, captured.err)
+
+    return inner
 
 
 def run(*arguments: str, cwd: Path | None = None, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
@@ -46,8 +75,8 @@ def test_help_names_every_verb_and_shows_each_in_one_line() -> None:
 
 
 @pytest.mark.parametrize("verb", ["train", "tune", "score", "models", "promote", "serve", "submit", "check", "schema"])
-def test_every_verb_has_help(verb: str) -> None:
-    done = run(verb, "--help")
+def test_every_verb_has_help(verb: str, call: Call) -> None:
+    done = call(verb, "--help")
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -68,15 +97,19 @@ WRONG_VALUES: dict[str, Wrong] = {
     "missing column": (["data.columns.text=sentence"], ["'sentence'", "train.jsonl", "'text'", "data.columns.text"]),
     "too many layers": (["freeze={layers: 99}"], ["freeze.layers", "99", "3 blocks"]),
     "too long": (["data.max_length=4000"], ["data.max_length", "4000", "80 positions"]),
-    "too many workers": (["scale.workers=400", "train.batch_size=400"], ["scale", "400", "this machine has"]),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_VALUES)
-def test_a_wrong_value_gives_one_line_and_exit_code_2(name: str, folder: Path) -> None:
+def test_a_wrong_value_gives_one_line_and_exit_code_2(name: str, call: Call) -> None:
     values, words = WRONG_VALUES[name]
-    done = run("train", "job.yaml", *(part for value in values for part in ("--set", value)), "--json", cwd=folder)
+    done = call("train", "job.yaml", *(part for value in values for part in ("--set", value)), "--json")
     _assert_one_line(done, words)
+
+
+def test_more_workers_than_this_machine_holds_are_refused_before_they_start(folder: Path) -> None:
+    done = run("train", "job.yaml", "--set", "scale.workers=400", "--set", "train.batch_size=400", cwd=folder)
+    _assert_one_line(Done(done.returncode, done.stdout, done.stderr), ["scale", "400", "this machine has"])
 
 
 WRONG_ROWS: dict[str, tuple[list[Any], list[str]]] = {
@@ -91,23 +124,23 @@ WRONG_ROWS: dict[str, tuple[list[Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", WRONG_ROWS)
-def test_a_wrong_row_gives_one_line_with_file_and_row_and_exit_code_2(name: str, folder: Path) -> None:
+def test_a_wrong_row_gives_one_line_with_file_and_row_and_exit_code_2(name: str, folder: Path, call: Call) -> None:
     rows, words = WRONG_ROWS[name]
     path = write_rows(folder / "wrong.jsonl", rows)
     values = [f"data.files.train={path}", "data.files.validation=null", "data.files.test=null"]
-    done = run("train", "job.yaml", *(part for value in values for part in ("--set", value)), cwd=folder)
+    done = call("train", "job.yaml", *(part for value in values for part in ("--set", value)))
     _assert_one_line(done, words)
 
 
-def test_a_broken_line_is_named_by_file_and_row(folder: Path) -> None:
+def test_a_broken_line_is_named_by_file_and_row(folder: Path, call: Call) -> None:
     (folder / "broken.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", \n', encoding="utf-8")
-    done = run("train", "job.yaml", "--set", "data.files.train=broken.jsonl", cwd=folder)
+    done = call("train", "job.yaml", "--set", "data.files.train=broken.jsonl")
     _assert_one_line(done, ["broken.jsonl", "row 2", "JSON"])
 
 
-def test_a_label_that_train_never_shows_is_named_by_file_and_row(folder: Path) -> None:
+def test_a_label_that_train_never_shows_is_named_by_file_and_row(folder: Path, call: Call) -> None:
     path = write_rows(folder / "held.jsonl", [*sample_rows("validation")[:3], {"text": "yuck", "label": "disgust"}])
-    done = run("train", "job.yaml", "--set", f"data.files.validation={path}", cwd=folder)
+    done = call("train", "job.yaml", "--set", f"data.files.validation={path}")
     _assert_one_line(done, ["held.jsonl row 4", "'disgust'", "sadness"])
 
 
@@ -125,12 +158,12 @@ def test_a_label_that_train_never_shows_is_named_by_file_and_row(folder: Path) -
     ],
 )
 def test_other_verbs_refuse_what_they_are_asked_in_one_line_too(
-    arguments: list[str], words: list[str], folder: Path
+    arguments: list[str], words: list[str], call: Call
 ) -> None:
-    _assert_one_line(run(*arguments, cwd=folder), words)
+    _assert_one_line(call(*arguments), words)
 
 
-def _assert_one_line(done: subprocess.CompletedProcess[str], words: list[str]) -> None:
+def _assert_one_line(done: Done, words: list[str]) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     lines = done.stderr.strip().splitlines()

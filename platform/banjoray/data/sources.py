@@ -52,6 +52,8 @@ def read(data: DataConfig, hub: HubConfig, token: str | None = None) -> dict[str
     # Not above: it imports huggingface_hub, which reads the job's hub settings at that moment, once.
     import datasets
 
+    # Reading a file of one's own would tell the hub.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.disable_progress_bars()
     # What can't be read is raised below, in one line.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)

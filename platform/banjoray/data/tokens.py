@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,19 @@ class Tokens:
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """sha256 of everything that decides how the tokenizer cuts text."""
-    described = {
+    described: dict[str, Any] = {
         "class": type(tokenizer).__name__,
         "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+        "inputs": tokenizer.model_input_names,
+        "cut": tokenizer.truncation_side,
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    described["backend"] = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    if backend is None:
+        described["backend"] = sorted(tokenizer.get_vocab().items())
+    else:
+        # Every call leaves its own truncation and padding behind in there.
+        kept = json.loads(backend.to_str())
+        described["backend"] = {key: value for key, value in kept.items() if key not in ("truncation", "padding")}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
@@ -103,10 +111,28 @@ def cached_tokens(split: Split, tokenizer: Any, max_length: int, cache: Path) ->
     """
     facts = {"format": FORMAT, "rows": split.fingerprint(), "tokenizer": tokenizer_digest(tokenizer), "max": max_length}
     entry = cache / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    if not (entry / "tokens.json").is_file():
-        _store(tokenise(split, tokenizer, max_length), entry)
-    described = json.loads((entry / "tokens.json").read_text())
-    arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in described["arrays"]}
+    there = entry.is_dir()
+    found = _load(entry)
+    if found is not None:
+        return found
+    if there:
+        # Part of an entry, after a power cut or a cleaner of old files: out of the way, in one step.
+        aside = Path(tempfile.mkdtemp(prefix=".staging-", dir=cache))
+        with suppress(OSError):
+            entry.rename(aside)
+        shutil.rmtree(aside)
+    made = tokenise(split, tokenizer, max_length)
+    _store(made, entry)
+    return _load(entry) or made
+
+
+def _load(entry: Path) -> Tokens | None:
+    """The tokens of an entry; None where a part is missing or cut off."""
+    try:
+        described = json.loads((entry / "tokens.json").read_text())
+        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in described["arrays"]}
+    except (OSError, ValueError, EOFError):
+        return None
     return Tokens(
         {name: array for name, array in arrays.items() if name not in ("offsets", "targets")},
         arrays["offsets"],

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 from starlette.exceptions import HTTPException
 
@@ -194,8 +195,9 @@ def read_config(file: str | Path, port: int | None) -> ServeDeploySchema:
         application["args"] = args.model_dump() | {"registry": registry}
     try:
         return ServeDeploySchema.model_validate(tree | {"http_options": http})
-    except ValueError as error:
-        raise ConfigError(f"{file}: not a Ray Serve config: {error}") from None
+    except ValidationError as error:
+        found = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        raise ConfigError(f"{file}: not a Ray Serve config: {'; '.join(found)}") from None
 
 
 def _check_port(host: str, port: int) -> None:

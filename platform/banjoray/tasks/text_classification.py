@@ -17,7 +17,7 @@ class TextClassification:
 
     name = "text-classification"
     auto_model = "AutoModelForSequenceClassification"
-    metrics = ("accuracy", "f1_macro", "f1_weighted", "loss")
+    metrics: tuple[str, ...] = ("accuracy", "f1_macro", "f1_weighted", "loss")
 
     def score(self, outputs: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> Score:
         """Accuracy, F1 and mean cross-entropy (nats) of logits (rows, labels) against label ids (rows,).

@@ -234,6 +234,9 @@ def save_model(module: Any, weights: dict[str, torch.Tensor], tokenizer: Any, jo
     import yaml
 
     module.save_pretrained(folder, state_dict=weights)
+    if tokenizer.is_fast:
+        # Where it cut rows would be saved with it if it made the tokens, but not if they came from the cache.
+        tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
     (folder / "job.yaml").write_text(yaml.safe_dump(job.to_json(), sort_keys=False), encoding="utf-8")
 

@@ -82,7 +82,7 @@ def train(job: JobConfig, watch: Watch = lambda moment: None, say: Say = lambda 
     ready = prepare(job)
     for warning in ready.warnings:
         say(warning)
-    with cluster(job), claim_run(job, f"{job.name}-{job.training_digest()[:8]}") as run:
+    with cluster(job, say), claim_run(job, f"{job.name}-{job.training_digest()[:8]}") as run:
         say(_opening(job, ready, run))
         result = fit_on_ray(job, run.url, watch)
         checkpoint = best_folder(run.url, result)
@@ -115,7 +115,7 @@ def score(reference: str, split: str = "test", registry: str = "./registry") -> 
 
 
 @contextmanager
-def cluster(job: JobConfig) -> Iterator[None]:
+def cluster(job: JobConfig, say: Say) -> Iterator[None]:
     """Ray, connected: the cluster of RAY_ADDRESS (Ray sets it inside a Ray job), else one on this machine.
 
     A cluster started here is stopped at the end. Raises ConfigError if this machine is too small for the job.
@@ -131,6 +131,8 @@ def cluster(job: JobConfig) -> Iterator[None]:
     try:
         if here:
             _check_room(job)
+        elif short := _missing(job):
+            say(f"{short} now; waiting until they are there, as an autoscaling cluster adds them")
         yield
     finally:
         ray.shutdown()
@@ -144,14 +146,19 @@ def worker_environment(job: JobConfig) -> dict[str, str]:
 
 
 def _check_room(job: JobConfig) -> None:
+    if short := _missing(job):
+        raise ConfigError(f"{short}. Lower scale.workers or what each needs, or use a Ray cluster.")
+
+
+def _missing(job: JobConfig) -> str | None:
+    """What the job needs more than Ray has, in words; None if it fits."""
     have = ray.cluster_resources()
     for kind, each in (("CPU", job.scale.cpus_per_worker), ("GPU", job.scale.gpus_per_worker)):
         needed = each * job.scale.workers
         if needed > have.get(kind, 0):
-            raise ConfigError(
-                f"scale: {job.scale.workers} workers x {each} {kind} need {needed}, this machine has "
-                f"{have.get(kind, 0):g}. Lower scale.workers or scale.{kind.lower()}s_per_worker, or use a Ray cluster."
-            )
+            place = "this machine has" if "RAY_ADDRESS" not in os.environ else "the cluster has"
+            return f"scale: {job.scale.workers} workers x {each} {kind} need {needed}, {place} {have.get(kind, 0):g}"
+    return None
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def tune(job: JobConfig, say: Say = lambda line: None) -> StudyResult:
     for key, corner in corner_jobs(job):
         if key.split(".")[0] in STRUCTURAL:
             prepare(corner)
-    with cluster(job), claim_run(job, f"{job.name}-tune-{job.digest()[:8]}", resume=False) as study:
+    with cluster(job, say), claim_run(job, f"{job.name}-tune-{job.digest()[:8]}", resume=False) as study:
         keys, at_once = ", ".join(search.space), _at_once(job)
         say(f"starting study {study.id}: {search.trials} trials over {keys}, {at_once} at a time")
         trials = _run_trials(job, study, say)
