@@ -27,8 +27,8 @@ lint: $(VENV)/.test  ## ruff and mypy
 bench: $(VENV)/.test  ## run every benchmark; results go to benchmarks/results
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
 
-clean:  ## remove .venv, runs and the registry of this folder
-	rm -rf $(VENV) runs registry
+clean:  ## remove .venv and what tools cached; runs and registry stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

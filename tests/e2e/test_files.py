@@ -1,5 +1,8 @@
 """Every job file and serve config that the project ships loads, and those that run offline pass `banjoray check`."""
 
+import subprocess
+import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -40,6 +43,23 @@ def test_every_serve_config_is_in_serves_own_schema_and_its_args_are_ours(path: 
     for application in config.applications:
         assert application.import_path == "banjoray.serving.app:build"
         assert validate(ServeConfig, application.args, path.name).model
+
+
+def test_a_wheel_carries_what_the_quickstart_needs(tmp_path: Path) -> None:
+    built = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+    needed = [f"banjoray/data/samples/emotion/{split}.jsonl" for split in ("train", "validation", "test")]
+    needed += ["banjoray/shipped/jobs/quickstart.yaml", "banjoray/shipped/serve_configs/quickstart.yaml"]
+    assert [name for name in needed if name not in names] == []
+    assert not [name for name in names if name.startswith(("platform/", "tests/"))]
 
 
 def test_the_shipped_sample_is_balanced_and_repeats_nothing() -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from banjoray.config.job import load_job
@@ -39,6 +40,11 @@ def submit(verb: str, job_file: str, address: str, overrides: Iterable[str], tel
         submission = client.submit_job(
             entrypoint=shlex.join(parts), runtime_env={"working_dir": ".", "excludes": LEFT_BEHIND}
         )
+    except AuthenticationError as error:
+        raise ClusterError(
+            f"{address} refuses this command ({str(error).splitlines()[0]}); set RAY_AUTH_MODE=token and the cluster's "
+            "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)"
+        ) from None
     except (ConnectionError, RuntimeError) as error:
         raise ClusterError(f"no Ray job server answers at {address}: {str(error).splitlines()[0]}") from None
     return follow(client, submission, tell)

@@ -38,6 +38,6 @@ class SearchConfig(Section):
     scheduler: Literal["none", "asha"] = Field(
         "asha", description="asha stops trials that fall behind after an epoch; none runs every trial to its end."
     )
-    concurrent: Literal["auto"] | int = Field(
+    concurrent: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="Trials that run at the same time; auto: as many as the cluster's CPUs and GPUs hold."
     )

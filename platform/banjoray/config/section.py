@@ -63,7 +63,7 @@ def _dotted(kind: type[Section], location: tuple[str | int, ...]) -> str:
         if isinstance(part, str) and part not in fields and len(members) > 1:
             continue
         keys.append(str(part))
-        current = get_args(members[0])[1] if get_origin(members[0]) is dict else fields.get(str(part))
+        current = fields.get(str(part))
     return ".".join(keys)
 
 

@@ -90,11 +90,7 @@ def _read_file(path: str, columns: ColumnsConfig, split: str) -> Source:
     suffix = PurePosixPath(path).suffix.lower()
     if suffix not in _READERS:
         raise DataError(f"data.files.{split}: '{path}' is of no known kind; needed one of {' '.join(sorted(_READERS))}")
-    filesystem, plain = fsspec.core.url_to_fs(path)
-    if not filesystem.isfile(plain):
-        raise DataError(f"data.files.{split}: no file '{path}'; paths are looked up from the working directory")
-    if filesystem.size(plain) == 0:
-        raise DataError(f"data.files.{split}: '{path}' is empty; needed rows")
+    _check_there(path, split)
     options: dict[str, Any] = {}
     if _READERS[suffix] == "csv":
         # Without these, pandas turns the text "NA" into a missing value and the text "007" into a number.
@@ -109,7 +105,24 @@ def _read_file(path: str, columns: ColumnsConfig, split: str) -> Source:
             raise ValueError("every row has more cells than the header")
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise DataError(_why_unreadable(path, name, suffix, error)) from None
+    except ConnectionError as error:
+        # Also what `datasets` raises for any URL where hub.offline is true.
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"data.files.{split}: '{path}' can't be fetched ({reason}); with hub.offline, files have to be here already"
+        ) from None
     return Source(rows, name)
+
+
+def _check_there(path: str, split: str) -> None:
+    try:
+        filesystem, plain = fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"data.files.{split}: '{path}' is behind no known protocol ({error})") from None
+    if not filesystem.isfile(plain):
+        raise DataError(f"data.files.{split}: no file '{path}'; paths are looked up from the working directory")
+    if filesystem.size(plain) == 0:
+        raise DataError(f"data.files.{split}: '{path}' is empty; needed rows")
 
 
 def _why_unreadable(path: str, name: str, suffix: str, error: Exception) -> str:

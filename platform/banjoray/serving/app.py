@@ -26,6 +26,7 @@ from banjoray.registry import Registry
 from banjoray.serving.batching import Batcher
 from banjoray.serving.engine import Encoded, load
 from banjoray.serving.protocols import huggingface
+from banjoray.training.signals import kept_sigterm
 from ray import serve
 
 api = FastAPI(title="banjoray", description="Answers of one registered model version.")
@@ -166,9 +167,12 @@ def serving(file: str | Path, port: int | None, say: Callable[[str], None]) -> I
     host, number = config.http_options.host, config.http_options.port
     _check_port(host, number)
     say(f"starting {', '.join(application.name for application in config.applications)}")
+    # "Started Serve in namespace ..." is for Serve's log file.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started = not ray.is_initialized()
     if started:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        with kept_sigterm():
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         # What `serve run FILE` does: the config goes to Serve's controller as it is.
         serve.start(proxy_location=config.proxy_location, http_options=config.http_options.model_dump())

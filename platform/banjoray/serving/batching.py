@@ -57,12 +57,13 @@ class Batcher(Generic[Row, Output]):
         while batch := self._take():
             try:
                 outputs = await loop.run_in_executor(self._thread, self._forward, [waiting.row for waiting in batch])
+                answered = list(zip(batch, outputs, strict=True))
             except Exception as error:  # noqa: BLE001  the boundary between requests: one batch fails, the rest go on
                 for waiting in batch:
                     if not waiting.output.done():
                         waiting.output.set_exception(error)
                 continue
-            for waiting, output in zip(batch, outputs, strict=True):
+            for waiting, output in answered:
                 if not waiting.output.done():
                     waiting.output.set_result(output)
 

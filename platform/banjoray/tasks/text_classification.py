@@ -50,7 +50,8 @@ class TextClassification:
         top_k = len(labels) if top_k is None else top_k
         if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
             raise RequestError(f"parameters.top_k: found {top_k!r}; needed a whole number >= 1, or null for all")
-        scores = _apply(outputs.astype(np.float64), parameters.get("function_to_apply") or "softmax")
+        function = parameters.get("function_to_apply")
+        scores = _apply(outputs.astype(np.float64), "softmax" if function is None else function)
         unknown = set(parameters) - {"top_k", "function_to_apply"}
         if unknown:
             raise RequestError(f"parameters: unknown {sorted(unknown)}; {self.name} has top_k, function_to_apply")
@@ -71,6 +72,8 @@ def _row(found: Any, where: str) -> dict[str, str]:
             raise RequestError(f"{where}.{key}: found {type(cell).__name__}; needed text")
         if not cell.strip():
             raise RequestError(f"{where}.{key}: found nothing but blanks; needed text")
+        if any("\ud800" <= letter <= "\udfff" for letter in cell):
+            raise RequestError(f"{where}.{key}: found half a character (a lone surrogate); needed text")
     return row
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
 
 from banjoray.errors import TrainingFailed
 
@@ -102,10 +103,11 @@ class Store:
             checkpoint = Checkpoint(name, position, dict(metrics), _digests(staging))
             (staging / MANIFEST).write_text(json.dumps(asdict(checkpoint), indent=1))
             self._publish(staging, name)
-        except OSError as error:
+        # A full disk is an OSError from Python, and a SafetensorError from safetensors.
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             raise TrainingFailed(
-                f"checkpoint {name} can't be written to {self.root} ({error.strerror or error}); "
+                f"checkpoint {name} can't be written to {self.root} ({getattr(error, 'strerror', None) or error}); "
                 "the checkpoints before it are whole. Free space, then run the same command to go on."
             ) from None
         return checkpoint

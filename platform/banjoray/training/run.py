@@ -27,6 +27,7 @@ from banjoray.training.checkpoints import Store
 from banjoray.training.loop import Callbacks, FitResult, Moment, fit
 from banjoray.training.preflight import Ready, prepare
 from banjoray.training.scoring import score_folder
+from banjoray.training.signals import kept_sigterm
 
 # A registered folder, loaded afresh, may differ from the run's own measurement by this much in any metric:
 # another batch shape rounds differently, which can turn a row that sits on the fence.
@@ -127,7 +128,8 @@ def cluster(job: JobConfig, say: Say) -> Iterator[None]:
     # "local": without it, ray.init joins whatever Ray was last started on this machine.
     options: dict[str, Any] = {"address": "local", "include_dashboard": False} if here else {}
     environment = {"env_vars": worker_environment(job)}
-    ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **options)
+    with kept_sigterm():
+        ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **options)
     try:
         if here:
             _check_room(job)
@@ -171,8 +173,9 @@ class Run:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Mark the run as done; the same job started again makes a new one."""
-        with fsspec.open(f"{self.url}/result.json", "w") as file:
-            json.dump(result, file, indent=1)
+        filesystem, folder = fsspec.core.url_to_fs(self.url)
+        filesystem.pipe_file(f"{folder}/.result.json", json.dumps(result, indent=1).encode())
+        filesystem.mv(f"{folder}/.result.json", f"{folder}/result.json")
 
 
 @contextmanager
@@ -254,6 +257,8 @@ def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] 
 
     ``callbacks`` are Ray Train's. Raises TrainingFailed when every retry is used up.
     """
+    # Ray Train's controller takes reports in this often, 2 s unless told, and workers wait for it after every epoch.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     board = _Board.remote()  # type: ignore[attr-defined]
     scale = job.scale
     # Typed for functions that return nothing; what rank 0 returns is in Result.return_value.
@@ -305,11 +310,16 @@ def _watching(board: Any, watch: Watch) -> Iterator[None]:
 
 
 def _cause(error: Exception, run: str) -> BanjorayError:
-    """The error of the first worker that said something, as one of ours."""
-    failures = getattr(error, "worker_failures", {})
-    for rank, failure in sorted(failures.items()):
+    """What a worker said as one of our errors; else the first worker's failure, as one.
+
+    When one worker fails, the others fail too, with a lost connection; so ours are looked for on all of them first.
+    """
+    # Ray Train wraps what a worker raised, to keep its traceback.
+    failures = {rank: getattr(e, "_base_exc", e) for rank, e in sorted(getattr(error, "worker_failures", {}).items())}
+    for failure in failures.values():
         if isinstance(failure, BanjorayError):
             return failure
+    for rank, failure in failures.items():
         reason = str(failure).strip().splitlines()[-1] if str(failure).strip() else type(failure).__name__
         return TrainingFailed(f"worker {rank} failed: {reason}. Checkpoints so far: {run}/checkpoints")
     return TrainingFailed(f"training failed: {error}")

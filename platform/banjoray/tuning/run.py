@@ -148,9 +148,10 @@ def _in_process(job: JobConfig) -> bool:
 
 
 def _resources(job: JobConfig) -> dict[str, float]:
-    """What Tune reserves for a trial; a worker group reserves its own."""
+    """What Tune reserves for a trial; a worker group reserves its own CPUs, which the trial must not take from it."""
     if not _in_process(job):
-        return {"CPU": 0}
+        # Bytes. Tune refuses a trial that asks for nothing (Ray 2.60).
+        return {"memory": 2**20}
     return {"CPU": job.scale.cpus_per_worker, "GPU": job.scale.gpus_per_worker}
 
 
@@ -172,11 +173,19 @@ def _sampled(dimension: Dimension) -> Any:
     return ray_tune.choice(dimension.choice or [])
 
 
+def _silent(line: str) -> None:
+    """Say nothing."""
+
+
 class _Told(ray_tune.Callback):
     """Passes on what trials report, a line per epoch."""
 
     def __init__(self, job: JobConfig, say: Say) -> None:
         self._metric, self._say = job.train.metric, say
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune saves its callbacks with the study; where a line goes on this terminal can't be saved, nor is it needed.
+        return {"_metric": self._metric, "_say": _silent}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """Called by Tune in the driver."""

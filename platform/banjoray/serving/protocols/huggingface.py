@@ -25,7 +25,7 @@ def parse(body: bytes, task: Task, max_rows: int) -> Ask:
     Raises RequestError: 400 if it is not JSON, 413 for too many rows, 422 for another shape.
     """
     try:
-        request = json.loads(body)
+        request = json.loads(body, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON ({error})", 400) from None
     if not isinstance(request, dict) or "inputs" not in request:
@@ -38,6 +38,11 @@ def parse(body: bytes, task: Task, max_rows: int) -> Ask:
     if isinstance(inputs, list) and len(inputs) > max_rows:
         raise RequestError(f"inputs: found {len(inputs)} rows; this endpoint takes {max_rows} in one request", 413)
     return Ask(task.parse(inputs), parameters or {})
+
+
+def _no_number(constant: str) -> Any:
+    """Python's reader would take NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"{constant} is no number in JSON")
 
 
 def answer(outputs: Sequence[np.ndarray], ask: Ask, task: Task, labels: Sequence[str]) -> list[Any]:

@@ -1,0 +1,119 @@
+"""Which rows make a batch: every row once, alike in length, and the same whoever asks and however many workers."""
+
+import numpy as np
+import pytest
+
+from banjoray.data.batches import epoch_batches, shares, sorted_batches
+
+SIZES = [(1, 1), (5, 8), (8, 8), (97, 8), (1000, 32), (3001, 16)]
+
+
+def lengths_of(rows: int, seed: int = 5) -> np.ndarray:
+    """Lengths as texts have them: many short, a few long."""
+    return np.clip(np.random.default_rng(seed).lognormal(3, 0.6, rows), 3, 128).astype(np.int64)
+
+
+def padding(lengths: np.ndarray, batches: list[np.ndarray]) -> float:
+    """The share of cells that hold nothing."""
+    cells = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    return 1 - int(lengths.sum()) / cells
+
+
+def as_lists(batches: list[np.ndarray]) -> list[list[int]]:
+    return [batch.tolist() for batch in batches]
+
+
+@pytest.mark.parametrize(("rows", "size"), SIZES)
+def test_an_epoch_has_every_row_exactly_once_in_full_batches_but_one(rows: int, size: int) -> None:
+    for epoch in range(3):
+        batches = epoch_batches(lengths_of(rows), size, 1, epoch)
+        assert sorted(np.concatenate(batches).tolist()) == list(range(rows))
+        assert sorted((len(batch) for batch in batches), reverse=True)[: rows // size] == [size] * (rows // size)
+        assert len(batches) == -(-rows // size)
+
+
+def test_an_epoch_is_a_pure_function_of_seed_and_epoch() -> None:
+    lengths = lengths_of(500)
+    first = as_lists(epoch_batches(lengths, 16, 3, 2))
+    epoch_batches(lengths, 16, 3, 1)
+    assert as_lists(epoch_batches(lengths.copy(), 16, 3, 2)) == first
+
+
+def test_epochs_and_seeds_differ_in_rows_and_order() -> None:
+    lengths = lengths_of(500)
+    runs = [as_lists(epoch_batches(lengths, 16, seed, epoch)) for seed in range(3) for epoch in range(3)]
+    assert len({str(run) for run in runs}) == 9
+    # Not the same batches in another order: rows meet other rows.
+    assert len({str(sorted(map(sorted, run))) for run in runs}) == 9
+
+
+def test_the_order_of_batches_does_not_follow_length() -> None:
+    lengths = lengths_of(1600)
+    longest = [int(lengths[batch].max()) for batch in epoch_batches(lengths, 16, 0, 0)]
+    # Sorted, or sorted in a few runs, it would hardly ever rise.
+    rises = int((np.diff(longest) > 0).sum())
+    assert 0.3 < rises / len(longest) < 0.7
+
+
+def test_rows_of_a_batch_are_longest_first_and_pad_far_less_than_at_random() -> None:
+    lengths = lengths_of(2000)
+    for epoch in range(3):
+        batches = epoch_batches(lengths, 32, 0, epoch)
+        assert all((np.diff(lengths[batch]) <= 0).all() for batch in batches)
+        order = np.random.default_rng(epoch).permutation(len(lengths))
+        at_random = [order[start : start + 32] for start in range(0, len(order), 32)]
+        assert padding(lengths, batches) < 0.4 * padding(lengths, at_random)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 5, 12, 32, 33])
+def test_workers_share_a_batch_without_loss_and_evenly(rows: int, workers: int, microbatches: int) -> None:
+    batch = np.random.default_rng(rows).permutation(1000)[:rows]
+    dealt = shares(batch, workers, microbatches)
+    assert [len(mine) for mine in dealt] == [microbatches] * workers
+    parts = [part for mine in dealt for part in mine]
+    assert sorted(np.concatenate(parts).tolist()) == sorted(batch.tolist())
+    for number in range(microbatches):
+        sizes = [len(mine[number]) for mine in dealt]
+        assert max(sizes) - min(sizes) <= 1
+    together = [sum(len(mine[number]) for mine in dealt) for number in range(microbatches)]
+    assert max(together) - min(together) <= 1
+
+
+def test_one_worker_in_one_microbatch_gets_the_batch_as_it_is() -> None:
+    batch = np.array([4, 2, 9])
+    assert shares(batch, 1, 1)[0][0].tolist() == [4, 2, 9]
+
+
+def test_neighbours_in_length_go_to_different_workers() -> None:
+    lengths = np.sort(lengths_of(64))[::-1]
+    dealt = shares(np.arange(64), 2, 1)
+    tokens = [int(lengths[mine[0]].sum()) for mine in dealt]
+    assert max(tokens) <= 1.1 * min(tokens)
+
+
+@pytest.mark.parametrize("budget", [1, 100, 128, 1000, 8192])
+def test_sorted_batches_hold_every_row_once_within_the_budget(budget: int) -> None:
+    lengths = lengths_of(700)
+    batches = sorted_batches(lengths, budget)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(700))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * int(lengths[batch].max()) <= budget
+    assert (np.diff(lengths[np.concatenate(batches)]) <= 0).all()
+
+
+def test_sorted_batches_are_as_full_as_the_budget_allows() -> None:
+    lengths = lengths_of(700)
+    for batch, following in zip(*(sorted_batches(lengths, 1000)[start:] for start in (0, 1)), strict=False):
+        assert len(following) > 0
+        assert (len(batch) + 1) * int(lengths[batch].max()) > 1000
+
+
+def test_a_row_longer_than_the_budget_goes_alone() -> None:
+    batches = sorted_batches(np.array([3, 50, 4, 3, 60]), 10)
+    assert as_lists(batches) == [[4], [1], [2, 0], [3]]
+
+
+def test_no_rows_make_no_batches() -> None:
+    assert sorted_batches(np.array([], dtype=np.int64), 10) == []
