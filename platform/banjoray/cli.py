@@ -369,7 +369,7 @@ def _answer(told: dict[str, Any], as_json: bool, *lines: "RenderableType") -> No
 
     console = Console()
     for line in lines:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=isinstance(line, str))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ from pathlib import Path
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from banjoray.config.job import load_job
-from banjoray.data.tokens import is_url
+from banjoray.config.job import is_url, load_job
 from banjoray.errors import ClusterError, ConfigError
 
 # What a job does not need from the folder it is submitted from; Ray refuses uploads above 500 MiB.
@@ -45,8 +44,10 @@ def submit(verb: str, job_file: str, address: str, overrides: Iterable[str], tel
             f"{address} refuses this command ({str(error).splitlines()[0]}); set RAY_AUTH_MODE=token and the cluster's "
             "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)"
         ) from None
-    except (ConnectionError, RuntimeError) as error:
+    except ConnectionError as error:
         raise ClusterError(f"no Ray job server answers at {address}: {str(error).splitlines()[0]}") from None
+    except RuntimeError as error:
+        raise ClusterError(f"the job server at {address} did not take the job: {str(error).splitlines()[0]}") from None
     return follow(client, submission, tell)
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -233,12 +234,31 @@ class JobConfig(Section):
         """The resolved job: every key with its value."""
         return self.model_dump(mode="json")
 
+    def anchored(self, root: Path) -> "JobConfig":
+        """The same job with relative paths taken from ``root``: workers run in other folders than the driver."""
+
+        def fixed(path: str) -> str:
+            return path if is_url(path) else str((root / path).absolute())
+
+        tree = self.to_json()
+        tree["storage"], tree["registry"]["root"] = fixed(self.storage), fixed(self.registry.root)
+        if (root / self.model.base).is_dir():
+            tree["model"]["base"] = fixed(self.model.base)
+        if self.data.files:
+            tree["data"]["files"] = {split: path and fixed(path) for split, path in tree["data"]["files"].items()}
+        return validate(JobConfig, tree, self.name)
+
     def with_values(self, values: Mapping[str, Any]) -> "JobConfig":
         """A copy with dotted keys replaced; raises ConfigError as a file with those values would."""
         tree = self.to_json()
         for key, value in values.items():
             _set(tree, key, value)
         return validate(JobConfig, tree, self.name)
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is an fsspec URL of something else than this machine's files."""
+    return urlsplit(path).scheme not in ("", "file")
 
 
 def load_job(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:

@@ -15,19 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
-from banjoray.config.job import JobConfig
+from banjoray.config.job import JobConfig, is_url
 from banjoray.data.splits import Split
 
 FORMAT = 1
-
-
-def is_url(path: str) -> bool:
-    """Whether a path is an fsspec URL of something else than this machine's files."""
-    return urlsplit(path).scheme not in ("", "file")
 
 
 def token_cache(job: JobConfig) -> Path:

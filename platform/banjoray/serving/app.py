@@ -17,10 +17,9 @@ from ray.serve.schema import ServeDeploySchema
 from starlette.exceptions import HTTPException
 
 import ray
-from banjoray.config.job import read_yaml
+from banjoray.config.job import is_url, read_yaml
 from banjoray.config.section import validate
 from banjoray.config.serve import ServeConfig
-from banjoray.data.tokens import is_url
 from banjoray.errors import ClusterError, ConfigError, RequestError
 from banjoray.registry import Registry
 from banjoray.serving.batching import Batcher

@@ -18,8 +18,7 @@ import ray.train
 import ray.train.torch
 
 import ray
-from banjoray.config.job import JobConfig, load_job
-from banjoray.data.tokens import is_url
+from banjoray.config.job import JobConfig, is_url, load_job
 from banjoray.errors import BanjorayError, BrokenVersion, ClusterError, ConfigError, GateRefused, TrainingFailed
 from banjoray.registry import ModelVersion, Registry
 from banjoray.tasks.task import Score
@@ -32,6 +31,10 @@ from banjoray.training.signals import kept_sigterm
 # A registered folder, loaded afresh, may differ from the run's own measurement by this much in any metric:
 # another batch shape rounds differently, which can turn a row that sits on the fence.
 TOLERANCE = 2e-3
+
+# Ray Train (in the driver) and Ray Tune (in a trial) read this: "0" leaves a worker in the working directory of the
+# job, so that a relative path means the same there as in the driver.
+STAY = "RAY_CHDIR_TO_TRIAL_DIR"
 
 Watch = Callable[[Moment], None]
 Say = Callable[[str], None]
@@ -80,6 +83,7 @@ def train(job: JobConfig, watch: Watch = lambda moment: None, say: Say = lambda 
     Raises ConfigError, DataError, ModelError before anything starts; TrainingFailed; GateRefused (the checkpoint is
     kept, nothing is registered); BrokenVersion if the registered folder does not score what the run measured.
     """
+    job = job.anchored(Path.cwd())
     ready = prepare(job)
     for warning in ready.warnings:
         say(warning)
@@ -144,7 +148,7 @@ def worker_environment(job: JobConfig) -> dict[str, str]:
     """What must be in a worker's environment before it imports anything: the hub's address, DeepSpeed's device."""
     # On a machine with GPUs, DeepSpeed would take them for a CPU run too.
     device = {} if job.scale.gpus_per_worker else {"DS_ACCELERATOR": "cpu"}
-    return job.hub.environment() | device | {"TOKENIZERS_PARALLELISM": "false"}
+    return job.hub.environment() | device | {"TOKENIZERS_PARALLELISM": "false", STAY: "0"}
 
 
 def _check_room(job: JobConfig) -> None:
@@ -259,6 +263,7 @@ def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] 
     """
     # Ray Train's controller takes reports in this often, 2 s unless told, and workers wait for it after every epoch.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ[STAY] = "0"
     board = _Board.remote()  # type: ignore[attr-defined]
     scale = job.scale
     # Typed for functions that return nothing; what rank 0 returns is in Result.return_value.

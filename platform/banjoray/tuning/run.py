@@ -61,7 +61,7 @@ def tune(job: JobConfig, say: Say = lambda line: None) -> StudyResult:
     ``say`` gets a line per epoch of every trial. Raises ConfigError, DataError, ModelError before anything starts;
     TrainingFailed if no trial finished an epoch; GateRefused.
     """
-    search = search_of(job)
+    search, job = search_of(job), job.anchored(Path.cwd())
     ready = prepare(job)
     for key, corner in corner_jobs(job):
         if key.split(".")[0] in STRUCTURAL:
@@ -78,7 +78,9 @@ def tune(job: JobConfig, say: Say = lambda line: None) -> StudyResult:
         result = FitResult(won, won.position.step, winner.seconds, 0.0, "as trained")
         checkpoint = best_folder(_folder(study, winner.trial), result)
         origin = {"run": study.id, "trial": winner.trial}
-        registered = gate_and_register(job.with_values(winner.values), ready, checkpoint, result, origin)
+        registered = gate_and_register(
+            job.with_values(winner.values).anchored(Path.cwd()), ready, checkpoint, result, origin
+        )
         finished = StudyResult(study.id, str(registered), winner.trial, job.train.metric, winner.score, tuple(ranked))
         study.finish(finished.to_json())
     return finished
@@ -127,8 +129,10 @@ def _run_trials(job: JobConfig, study: Run, say: Say) -> list[Trial]:
 def _trial(job: JobConfig, study: Run) -> Callable[[dict[str, Any]], None]:
     """What every trial runs: one training run in its own folder, reporting each epoch."""
 
+    here = Path.cwd()
+
     def trial(values: dict[str, Any]) -> None:
-        drawn = job.with_values(values)
+        drawn = job.with_values(values).anchored(here)
         folder = _folder(study, ray_tune.get_context().get_trial_id())
         if _in_process(job):
             import torch
