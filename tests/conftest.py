@@ -16,9 +16,6 @@ from factories import make_job, tiny_model
 
 CPUS = 4
 
-# Ray Train's controller takes reports from workers this often, 2 s unless told; a tiny model's epoch would wait for it.
-POLLING = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
-
 _caches: list[str] = []
 
 
@@ -52,8 +49,8 @@ def local_ray() -> Iterator[None]:
 
     environment = cpu_environment()
     with pytest.MonkeyPatch.context() as patch:
-        # In the test process too: DeepSpeed and the tokenizers read theirs here, Ray Train takes its own from here.
-        for name, value in (environment | POLLING).items():
+        # In the test process too, where DeepSpeed and the tokenizers read theirs.
+        for name, value in environment.items():
             patch.setenv(name, value)
         ray.init(
             address="local",

@@ -83,11 +83,13 @@ def train(job: JobConfig, watch: Watch = lambda moment: None, say: Say = lambda 
     Raises ConfigError, DataError, ModelError before anything starts; TrainingFailed; GateRefused (the checkpoint is
     kept, nothing is registered); BrokenVersion if the registered folder does not score what the run measured.
     """
+    # By the job as it was written: on a cluster, the working directory is another folder after every change in it.
+    stem = f"{job.name}-{job.training_digest()[:8]}"
     job = job.anchored(Path.cwd())
     ready = prepare(job)
     for warning in ready.warnings:
         say(warning)
-    with cluster(job, say), claim_run(job, f"{job.name}-{job.training_digest()[:8]}") as run:
+    with cluster(job, say), claim_run(job, stem) as run:
         say(_opening(job, ready, run))
         result = fit_on_ray(job, run.url, watch)
         checkpoint = best_folder(run.url, result)

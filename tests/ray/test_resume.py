@@ -1,0 +1,370 @@
+"""A run that was stopped goes on as if nothing had been; what it leaves on disk on the way is whole.
+
+No Ray here: a run of one worker is the loop in this process, more workers are processes over gloo. A run has 12
+steps, 6 in each of its 2 epochs.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from banjoray.config.job import JobConfig
+from banjoray.data.batches import epoch_batches
+from banjoray.errors import TrainingFailed
+from banjoray.training.checkpoints import Checkpoint, Store
+from banjoray.training.loop import Callbacks, FitResult, Moment, fit
+from banjoray.training.preflight import prepare
+
+JobMaker = Callable[..., JobConfig]
+STEPS = 12
+BOUND = 1e-5
+
+
+class Interrupted(Exception):
+    """Stands for a kill in the middle of a run."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def drops_out(folder: Path, lively_job: JobMaker) -> JobMaker:
+    """Makes jobs that use the random generator at every step, and name their best checkpoint without ties."""
+
+    def make(**changes: Any) -> JobConfig:
+        best: dict[str, Any] = {"train__metric": "loss", "train__mode": "min"}
+        return lively_job(folder, **best | {"model__dropout": 0.1, "train__checkpoint_every": 2} | changes)
+
+    return make
+
+
+def run(job: JobConfig, at: Path, **callbacks: Callable[..., Any]) -> FitResult:
+    ready = prepare(job)
+    return fit(job, ready.rows, ready.task, ready.start, str(at), Callbacks(**callbacks))
+
+
+def interrupt(job: JobConfig, at: Path, step: int) -> Path:
+    """The folder of a run that died after ``step`` steps, before it could write anything more."""
+
+    def watch(moment: Moment) -> None:
+        if moment.step == step:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(job, at, watch=watch)
+    return at
+
+
+def go_on(job: JobConfig, at: Path) -> tuple[FitResult, list[Moment]]:
+    seen: list[Moment] = []
+    return run(job, at, watch=seen.append), seen
+
+
+def checkpoints(at: Path) -> list[Checkpoint]:
+    return Store(str(at), lambda line: None).all()
+
+
+def names(at: Path) -> list[str]:
+    return [checkpoint.name for checkpoint in checkpoints(at)]
+
+
+def final(at: Path) -> dict[str, Tensor]:
+    """Weights and moments of the newest checkpoint, which has to be that of the last step."""
+    newest = at / "checkpoints" / f"step-{STEPS:08d}"
+    return load_file(newest / "model/model.safetensors") | load_file(newest / "optimizer.safetensors")
+
+
+def different(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
+    assert left.keys() == right.keys()
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+def farthest(left: dict[str, Tensor], right: dict[str, Tensor]) -> tuple[float, str]:
+    assert left.keys() == right.keys()
+    return max((float((left[name] - right[name]).abs().max()), name) for name in left)
+
+
+@pytest.fixture(scope="module")
+def job(drops_out: JobMaker) -> JobConfig:
+    return drops_out()
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, job: JobConfig) -> Path:
+    """A run that nothing stopped."""
+    torch.set_num_threads(1)
+    run(job, folder / "whole")
+    return folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def cut(folder: Path, job: JobConfig) -> Path:
+    """A run that died after step 9: it has the scored checkpoint of step 6, and that of step 8."""
+    torch.set_num_threads(1)
+    interrupt(job, folder / "cut", 9)
+    assert names(folder / "cut") == ["step-00000006", "step-00000008"]
+    return folder / "cut"
+
+
+@pytest.fixture
+def copy(cut: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(cut, tmp_path / "run"))
+
+
+def test_run_stopped_inside_an_epoch_ends_bit_for_bit_as_one_that_was_not(
+    job: JobConfig, whole: Path, copy: Path
+) -> None:
+    result, seen = go_on(job, copy)
+    assert [moment.step for moment in seen] == [9, 10, 11, 12]
+    assert different(final(copy), final(whole)) == []
+    assert result.steps == STEPS
+    assert checkpoints(copy) == checkpoints(whole)
+
+
+def test_run_stopped_between_epochs_ends_bit_for_bit_as_one_that_was_not(
+    drops_out: JobMaker, whole: Path, tmp_path: Path
+) -> None:
+    job = drops_out(train__checkpoint_every="epoch")
+    _, seen = go_on(job, interrupt(job, tmp_path / "run", 7))
+    assert [moment.step for moment in seen] == [7, 8, 9, 10, 11, 12]
+    assert different(final(tmp_path / "run"), final(whole)) == []
+
+
+def test_run_stopped_twice_ends_bit_for_bit_as_one_that_was_not(job: JobConfig, whole: Path, tmp_path: Path) -> None:
+    for step in (3, 5, 11):
+        interrupt(job, tmp_path / "run", step)
+    go_on(job, tmp_path / "run")
+    assert different(final(tmp_path / "run"), final(whole)) == []
+
+
+def test_dropout_is_on_from_the_first_step(drops_out: JobMaker, tmp_path: Path) -> None:
+    losses: dict[float, float] = {}
+    for dropout in (0.0, 0.1):
+        with pytest.raises(Interrupted):
+            run(drops_out(model__dropout=dropout), tmp_path / str(dropout), watch=_first_loss(losses, dropout))
+    assert losses[0.0] != losses[0.1]
+
+
+def _first_loss(losses: dict[float, float], key: float) -> Callable[[Moment], None]:
+    def watch(moment: Moment) -> None:
+        losses[key] = moment.loss
+        raise Interrupted
+
+    return watch
+
+
+def test_another_seed_or_no_dropout_ends_elsewhere(drops_out: JobMaker, whole: Path, tmp_path: Path) -> None:
+    others: dict[str, dict[str, Any]] = {"seed": {"train__seed": 1}, "dropout": {"model__dropout": 0.0}}
+    for name, changes in others.items():
+        run(drops_out(**changes), tmp_path / name)
+        assert farthest(final(tmp_path / name), final(whole))[0] > BOUND
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model/model.safetensors",
+        "model/config.json",
+        "model/tokenizer.json",
+        "optimizer.safetensors",
+        "checkpoint.json",
+    ],
+)
+def test_truncated_newest_checkpoint_is_skipped_and_named_and_the_run_ends_the_same(
+    job: JobConfig, whole: Path, copy: Path, file: str
+) -> None:
+    _truncate(copy / "checkpoints/step-00000008" / file)
+    _, seen = go_on(job, copy)
+    assert "checkpoint step-00000008 is torn" in seen[0].note
+    assert file in seen[0].note
+    assert "going on from step-00000006" in seen[0].note
+    assert different(final(copy), final(whole)) == []
+
+
+def test_newest_checkpoint_with_a_file_missing_is_skipped(job: JobConfig, whole: Path, copy: Path) -> None:
+    (copy / "checkpoints/step-00000008/optimizer.safetensors").unlink()
+    _, seen = go_on(job, copy)
+    assert "step-00000008 is torn (optimizer.safetensors is missing)" in seen[0].note
+    assert different(final(copy), final(whole)) == []
+
+
+def test_run_with_no_whole_checkpoint_starts_from_the_base_model(job: JobConfig, whole: Path, copy: Path) -> None:
+    for name in names(copy):
+        _truncate(copy / "checkpoints" / name / "model/model.safetensors")
+    _, seen = go_on(job, copy)
+    assert [moment.step for moment in seen] == list(range(1, STEPS + 1))
+    assert different(final(copy), final(whole)) == []
+
+
+def test_torn_checkpoint_does_not_push_out_the_progress_made_after_it(drops_out: JobMaker, tmp_path: Path) -> None:
+    job = drops_out(train__checkpoint_every=1)
+    at = interrupt(job, tmp_path / "run", 11)
+    assert names(at) == ["step-00000006", "step-00000010"]
+    _truncate(at / "checkpoints/step-00000010/model/model.safetensors")
+    interrupt(job, at, 9)
+    _, seen = go_on(job, at)
+    assert "going on from step-00000008" in seen[0].note
+
+
+def test_half_written_checkpoint_of_a_killed_worker_is_cleared_away(job: JobConfig, copy: Path) -> None:
+    left = copy / "checkpoints/.staging-killed"
+    shutil.copytree(copy / "checkpoints/step-00000008", left)
+    go_on(job, copy)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+def test_best_and_newest_checkpoints_are_all_there_is_on_disk_at_every_step(
+    drops_out: JobMaker, tmp_path: Path, keep: int
+) -> None:
+    job = drops_out(train__checkpoint_every=1, train__keep_checkpoints=keep)
+    at = tmp_path / "run"
+    listed: list[list[str]] = []
+
+    def look(_: Moment) -> None:
+        listed.append(sorted(path.name for path in (at / "checkpoints").glob("*")))
+
+    result = run(job, at, watch=look)
+    assert listed[4] == [f"step-{step:08d}" for step in range(5 - keep, 5)]
+    # From step 6 on there is a scored checkpoint, which stays.
+    assert listed[9] == ["step-00000006", *(f"step-{step:08d}" for step in range(11 - keep, 10))]
+    assert [len(found) for found in listed] == [min(step, keep) for step in range(STEPS)]
+    assert result.checkpoint.name in names(at)
+
+
+def test_best_checkpoint_outlives_worse_ones_after_it(drops_out: JobMaker, tmp_path: Path) -> None:
+    # So many epochs on so few rows that the model learns them by heart, and does worse on others.
+    result = run(drops_out(train__epochs=10, train__learning_rate=3e-3, model__dropout=0.0), tmp_path / "run")
+    newest = checkpoints(tmp_path / "run")[-1]
+    losses = [entry["loss"] for entry in newest.position.history]
+    assert len(losses) == 10
+    assert min(losses) < losses[-1] == newest.metrics["loss"]
+    assert result.checkpoint.metrics["loss"] == min(losses)
+    assert result.checkpoint.position.epoch == 1 + losses.index(min(losses))
+    assert names(tmp_path / "run") == [result.checkpoint.name, newest.name]
+
+
+def test_run_asked_to_stop_ends_after_the_epoch_with_a_scored_checkpoint(
+    job: JobConfig, whole: Path, tmp_path: Path
+) -> None:
+    at = tmp_path / "run"
+    seen: list[Moment] = []
+    result = run(job, at, watch=seen.append, should_stop=lambda: True)
+    assert [moment.step for moment in seen] == [1, 2, 3, 4, 5, 6]
+    assert result.checkpoint.name == "step-00000006"
+    assert set(result.checkpoint.metrics) == {"accuracy", "f1_macro", "f1_weighted", "loss"}
+    assert Store(str(at), pytest.fail).newest_whole() == result.checkpoint
+    go_on(job, at)
+    assert different(final(at), final(whole)) == []
+
+
+def test_finished_run_started_again_trains_nothing_and_gives_the_same_result(job: JobConfig, whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    result, seen = go_on(job, whole)
+    assert seen == []
+    assert result.steps == STEPS
+    assert result.checkpoint in checkpoints(whole)
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_loss_that_is_not_a_number_names_the_step_and_its_rows(drops_out: JobMaker, tmp_path: Path) -> None:
+    job = drops_out(train__learning_rate=1e30)
+    with pytest.raises(TrainingFailed, match=r"loss is (nan|inf) at step \d+ \(learning rate .*e\+\d+") as caught:
+        run(job, tmp_path / "run")
+    step = int(str(caught.value).partition("at step ")[2].split()[0])
+    lengths = prepare(job).rows.train.lengths
+    batch = epoch_batches(lengths, job.train.batch_size, job.train.seed, 0)[step - 1]
+    assert f"train rows {', '.join(str(row + 1) for row in batch[:8])}, ...)" in str(caught.value)
+
+
+def test_every_finished_epoch_is_reported_with_its_metrics(job: JobConfig, tmp_path: Path) -> None:
+    reported: list[dict[str, float]] = []
+    run(job, tmp_path / "run", report=reported.append)
+    assert [entry["epoch"] for entry in reported] == [1, 2]
+    assert set(reported[0]) == {"accuracy", "f1_macro", "f1_weighted", "loss", "epoch", "train_loss"}
+    saved = json.loads((tmp_path / "run/checkpoints/step-00000012/checkpoint.json").read_text())
+    assert saved["position"]["history"] == reported
+
+
+WORLDS = ("ddp", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def plain(drops_out: JobMaker) -> JobConfig:
+    """A job that comes to the same weights on any number of workers."""
+    return drops_out(model__dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def plain_whole(folder: Path, plain: JobConfig) -> dict[str, Tensor]:
+    torch.set_num_threads(1)
+    run(plain, folder / "plain-whole")
+    return final(folder / "plain-whole")
+
+
+@pytest.fixture(scope="module")
+def worlds(
+    folder: Path, job: JobConfig, plain: JobConfig, launch: Callable[..., dict[str, list[dict[str, Any]]]]
+) -> Path:
+    """Runs of two workers: whole, cut after 9 steps and gone on with, and gone on with from one worker's."""
+    torch.set_num_threads(1)
+    interrupt(plain, folder / "alone", 9)
+    cases: list[dict[str, Any]] = []
+    for name in WORLDS:
+        scale = {"scale.workers": 2, "scale.strategy": name}
+        paired, same = job.with_values(scale), plain.with_values(scale)
+        shutil.copytree(folder / "alone", folder / f"{name}-grown")
+        cases += [
+            {"name": f"{name}-whole", "job": paired, "run": folder / f"{name}-whole"},
+            {"name": f"{name}-cut", "job": paired, "run": folder / f"{name}-rest", "interrupt_at": 10},
+            {"name": f"{name}-rest", "job": paired, "run": folder / f"{name}-rest"},
+            {"name": f"{name}-grown", "job": same, "run": folder / f"{name}-grown"},
+            {"name": f"{name}-shrunk", "job": same, "run": folder / f"{name}-shrunk", "interrupt_at": 10},
+        ]
+    told = launch(folder / "paired", 2, cases)
+    for name in WORLDS:
+        assert "going on from step-00000008" in told[f"{name}-rest"][0]["note"]
+        assert "going on from step-00000008" in told[f"{name}-grown"][0]["note"]
+    return folder
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_two_workers_that_were_stopped_end_bit_for_bit_as_two_that_were_not(worlds: Path, name: str) -> None:
+    assert different(final(worlds / f"{name}-rest"), final(worlds / f"{name}-whole")) == []
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_run_of_one_worker_goes_on_with_two(worlds: Path, plain_whole: dict[str, Tensor], name: str) -> None:
+    difference, weight = farthest(final(worlds / f"{name}-grown"), plain_whole)
+    assert difference <= BOUND, weight
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_run_of_two_workers_goes_on_with_one(
+    worlds: Path, plain: JobConfig, plain_whole: dict[str, Tensor], name: str
+) -> None:
+    _, seen = go_on(plain, worlds / f"{name}-shrunk")
+    assert [moment.step for moment in seen] == [9, 10, 11, 12]
+    difference, weight = farthest(final(worlds / f"{name}-shrunk"), plain_whole)
+    assert difference <= BOUND, weight

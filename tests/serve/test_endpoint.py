@@ -1,0 +1,346 @@
+"""What comes back over HTTP: the checkpoint's answers whoever else is asking, and errors that say what was wrong."""
+
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from banjoray.config.job import JobConfig
+from banjoray.errors import ConfigError, RegistryError
+from banjoray.serving.app import serving
+from factories import sample_rows
+from serve.trained import Shelf, free_port, plain_scores, stock
+
+TEXT = "the whole evening was a lovely surprise"
+# From one word to far beyond the 40 tokens of the job, so that any batch of them needs padding.
+TEXTS = ["joy", *(row["text"] for row in sample_rows("test")[:58]), "i am so happy " * 30]
+MAX_ROWS = 64
+BOUND = 1e-5
+
+Answer = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory, lively_job: Callable[..., JobConfig]) -> Shelf:
+    return stock(tmp_path_factory.mktemp("serve"), lively_job)
+
+
+@pytest.fixture(scope="module")
+def url(shelf: Shelf, request: pytest.FixtureRequest) -> Iterator[str]:
+    """An endpoint whose batches are small enough that 60 rows need several."""
+    request.getfixturevalue("local_ray")
+    file = shelf.config(max_rows=MAX_ROWS, max_body_mib=0.0625, max_batch_tokens=512)
+    with serving(file, free_port(), lambda line: None) as address:
+        # The alias moves as soon as the endpoint is up: nothing below may notice.
+        shelf.registry.promote("tiny", 2, "production")
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=60) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def expected(shelf: Shelf) -> list[dict[str, float]]:
+    """The scores of TEXTS by a plain forward pass of each."""
+    return plain_scores(shelf.folder / "registry/tiny/1", TEXTS)
+
+
+def ask(client: httpx.Client, inputs: Any, **parameters: Any) -> list[Answer]:
+    response = client.post("/models/tiny", json={"inputs": inputs, "parameters": parameters})
+    assert response.status_code == 200, response.text
+    answers: list[Answer] = response.json()
+    return answers
+
+
+def scores(answer: Answer) -> dict[str, float]:
+    return {entry["label"]: entry["score"] for entry in answer}
+
+
+def assert_same(answers: list[Answer], expected: list[dict[str, float]]) -> None:
+    assert len(answers) == len(expected)
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert scores(answer) == pytest.approx(wanted, abs=BOUND)
+
+
+def test_hugging_face_client_gets_label_and_score_of_the_checkpoint(
+    url: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    import huggingface_hub.constants
+
+    # The job is offline and says so for the whole process; this client talks to this machine.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    told = huggingface_hub.InferenceClient(model=f"{url}/models/tiny").text_classification(TEXT)
+    (wanted,) = plain_scores(shelf.folder / "registry/tiny/1", [TEXT])
+    assert {entry.label: entry.score for entry in told} == pytest.approx(wanted, abs=BOUND)
+    assert told[0].label == max(wanted, key=wanted.__getitem__)
+
+
+def test_answers_differ_from_text_to_text_and_from_version_to_version(
+    shelf: Shelf, expected: list[dict[str, float]]
+) -> None:
+    other = plain_scores(shelf.folder / "registry/tiny/2", TEXTS)
+    label = next(iter(expected[0]))
+    assert max(row[label] for row in expected) - min(row[label] for row in expected) > 100 * BOUND
+    assert max(abs(row[label] - theirs[label]) for row, theirs in zip(expected, other, strict=True)) > 100 * BOUND
+
+
+def test_padding_without_its_mask_would_change_these_answers(shelf: Shelf, expected: list[dict[str, float]]) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = shelf.folder / "registry/tiny/1"
+    batch = AutoTokenizer.from_pretrained(folder)(
+        TEXTS, truncation=True, max_length=40, padding=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        logits = AutoModelForSequenceClassification.from_pretrained(folder).eval()(batch["input_ids"]).logits
+    wanted = torch.tensor([list(row.values()) for row in expected])
+    assert float((logits.softmax(-1) - wanted).abs().max()) > 100 * BOUND
+
+
+def test_one_text_gets_all_labels_by_falling_score(client: httpx.Client, shelf: Shelf) -> None:
+    answers = ask(client, TEXT)
+    assert_same(answers, plain_scores(shelf.folder / "registry/tiny/1", [TEXT]))
+    found = [entry["score"] for entry in answers[0]]
+    assert found == sorted(found, reverse=True)
+    assert sum(found) == pytest.approx(1)
+
+
+def test_root_path_answers_as_the_models_own_path(client: httpx.Client) -> None:
+    assert client.post("/", json={"inputs": TEXT}).json() == ask(client, TEXT)
+
+
+def test_pairs_are_answered_as_pairs(client: httpx.Client, shelf: Shelf) -> None:
+    pairs = [("what a day", "i was so afraid"), ("i was so afraid", "what a day")]
+    wanted = plain_scores(shelf.folder / "registry/tiny/1", pairs)
+    assert_same(ask(client, [{"text": text, "text_pair": pair} for text, pair in pairs]), wanted)
+    assert_same(ask(client, {"text": pairs[0][0], "text_pair": pairs[0][1]}), wanted[:1])
+    alone = ask(client, {"text": "what a day", "text_pair": None})
+    assert alone == ask(client, "what a day")
+    assert scores(alone[0]) != pytest.approx(wanted[0], abs=BOUND)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 100, None])
+def test_top_k_cuts_the_list_after_the_best(client: httpx.Client, top_k: int | None) -> None:
+    (whole,) = ask(client, TEXT)
+    (answer,) = ask(client, TEXT, top_k=top_k)
+    assert answer == whole[:top_k]
+
+
+def test_function_to_apply_is_applied(client: httpx.Client) -> None:
+    import numpy as np
+
+    found = {name: scores(ask(client, TEXT, function_to_apply=name)[0]) for name in ("none", "sigmoid", "softmax")}
+    logits = np.array([found["none"][label] for label in found["softmax"]])
+    softmax = np.exp(logits) / np.exp(logits).sum()
+    assert list(found["softmax"].values()) == pytest.approx(softmax, abs=BOUND)
+    assert [found["sigmoid"][label] for label in found["softmax"]] == pytest.approx(
+        1 / (1 + np.exp(-logits)), abs=BOUND
+    )
+
+
+def test_rows_asked_one_by_one_get_the_checkpoints_answers(
+    client: httpx.Client, expected: list[dict[str, float]]
+) -> None:
+    assert_same([ask(client, text)[0] for text in TEXTS], expected)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_rows_asked_together_get_the_same_answers_in_their_order(
+    client: httpx.Client, expected: list[dict[str, float]], turned: bool
+) -> None:
+    step = -1 if turned else 1
+    assert_same(ask(client, TEXTS[::step]), expected[::step])
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_rows_asked_by_sixteen_threads_at_once_get_the_same_answers(
+    url: str, expected: list[dict[str, float]], size: int
+) -> None:
+    parts = [slice(start, start + size) for start in range(0, len(TEXTS), size)] * (2 if size > 1 else 1)
+    with httpx.Client(base_url=url, timeout=120) as client, ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(lambda part: ask(client, TEXTS[part]), parts))
+    for part, answer in zip(parts, answers, strict=True):
+        assert_same(answer, expected[part])
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        (b"{", 400, "the body is not JSON"),
+        (b"", 400, "the body is not JSON"),
+        (b"\xff\xfe", 400, "the body is not JSON"),
+        (b"[" * 5000, 400, "the body is not JSON"),
+        (b"[]", 422, "the body holds list"),
+        (b'{"text": "a"}', 422, "keys ['text']"),
+        (b'{"inputs": []}', 422, "inputs: an empty list"),
+        (b'{"inputs": 5}', 422, "inputs: found int"),
+        (b'{"inputs": null}', 422, "inputs: found NoneType"),
+        (b'{"inputs": ""}', 422, "inputs.text: found nothing but blanks"),
+        (b'{"inputs": ["a", " "]}', 422, "inputs[1].text: found nothing but blanks"),
+        (b'{"inputs": ["a", ["b"]]}', 422, "inputs[1]: found list"),
+        (b'{"inputs": {"text": "a", "pair": "b"}}', 422, "inputs: found keys ['pair', 'text']"),
+        (b'{"inputs": {"text": "a", "text_pair": 3}}', 422, "inputs.text_pair: found int"),
+        (b'{"inputs": "a", "parameters": [1]}', 422, "parameters: found list"),
+        (b'{"inputs": "a", "parameters": {"top_k": 0}}', 422, "parameters.top_k: found 0"),
+        (b'{"inputs": "a", "parameters": {"top_k": true}}', 422, "parameters.top_k: found True"),
+        (b'{"inputs": "a", "parameters": {"topk": 1}}', 422, "parameters: unknown ['topk']"),
+        (b'{"inputs": "a", "parameters": {"function_to_apply": "relu"}}', 422, "function_to_apply: found 'relu'"),
+    ],
+)
+def test_request_that_cannot_be_answered_is_told_what_was_wrong(
+    client: httpx.Client, body: bytes, status: int, says: str
+) -> None:
+    response = client.post("/models/tiny", content=body)
+    assert response.status_code == status, response.text
+    assert list(response.json()) == ["error"]
+    assert says in response.json()["error"]
+
+
+def test_wrong_row_does_not_spoil_the_answers_of_others(client: httpx.Client, expected: list[dict[str, float]]) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        wrong = [threads.submit(client.post, "/models/tiny", json={"inputs": [text, ""]}) for text in TEXTS[:20]]
+        right = [threads.submit(ask, client, text) for text in TEXTS[:20]]
+    assert {response.result().status_code for response in wrong} == {422}
+    assert_same([answer.result()[0] for answer in right], expected[:20])
+
+
+def test_unknown_model_is_404_and_names_the_one_that_is_served(client: httpx.Client) -> None:
+    response = client.post("/models/other", json={"inputs": TEXT})
+    assert response.status_code == 404
+    assert response.json() == {"error": "no model 'other' here; this endpoint serves 'tiny'"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "says"),
+    [
+        ("GET", "/nothing", 404, "GET /nothing: Not Found"),
+        ("POST", "/models/tiny/more", 404, "POST /models/tiny/more: Not Found"),
+        ("GET", "/models/tiny", 405, "GET /models/tiny: Method Not Allowed"),
+        ("DELETE", "/", 405, "DELETE /: Method Not Allowed"),
+        ("POST", "/healthz", 405, "POST /healthz: Method Not Allowed"),
+    ],
+)
+def test_wrong_path_or_method_is_told_in_json(
+    client: httpx.Client, method: str, path: str, status: int, says: str
+) -> None:
+    response = client.request(method, path)
+    assert (response.status_code, response.json()) == (status, {"error": says})
+
+
+def test_too_many_rows_are_refused(client: httpx.Client) -> None:
+    assert len(ask(client, ["a"] * MAX_ROWS, top_k=1)) == MAX_ROWS
+    response = client.post("/", json={"inputs": ["a"] * (MAX_ROWS + 1)})
+    assert response.status_code == 413
+    assert response.json() == {"error": "inputs: found 65 rows; this endpoint takes 64 in one request"}
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_too_large_a_body_is_refused_whether_its_length_is_declared_or_not(
+    client: httpx.Client, declared: bool
+) -> None:
+    limit = 2**16
+    fits, too_large = (b'{"inputs": "' + b"a" * (size - 14) + b'"}' for size in (limit, limit + 1))
+    for body, status in ((fits, 200), (too_large, 413)):
+        content = body if declared else iter([body[:1000], body[1000:]])
+        response = client.post("/", content=content)
+        assert ("content-length" in response.request.headers) == declared
+        assert response.status_code == status
+    assert response.json() == {"error": "the body is larger than 0.0625 MiB"}
+
+
+def test_every_answer_names_its_version_and_run_though_the_alias_has_moved(
+    client: httpx.Client, shelf: Shelf, expected: list[dict[str, float]]
+) -> None:
+    assert shelf.registry.resolve("tiny@production").version == 2
+    for response in (client.post("/", json={"inputs": TEXTS[1]}), client.get("/")):
+        assert (response.headers["x-model-version"], response.headers["x-run-id"]) == ("tiny@1", "first")
+    assert_same(ask(client, TEXTS[1]), expected[1:2])
+
+
+def test_root_tells_what_is_served(client: httpx.Client, shelf: Shelf) -> None:
+    version = shelf.registry.resolve("tiny@1")
+    told = client.get("/").json()
+    assert told == {
+        "model": "tiny",
+        "version": 1,
+        "task": "text-classification",
+        "labels": list(version.labels),
+        "metrics": dict(version.metrics),
+        "lineage": dict(version.lineage),
+    }
+
+
+def test_health_and_documentation_answer(client: httpx.Client) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    docs = client.get("/docs")
+    assert docs.status_code == 200
+    assert "/openapi.json" in docs.text
+
+
+def test_openapi_documents_both_ways_to_ask(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in ("/", "/models/{name}"):
+        documented = paths[path]["post"]
+        body = documented["requestBody"]["content"]["application/json"]["schema"]
+        assert set(body["properties"]) == {"inputs", "parameters"}
+        assert {"200", "400", "404", "413", "422"} <= set(documented["responses"])
+    assert [entry["name"] for entry in paths["/models/{name}"]["post"]["parameters"]] == ["name"]
+
+
+@pytest.fixture
+def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to start Ray or Serve fails the test."""
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was started"))
+    monkeypatch.setattr("ray.serve.start", lambda **_: pytest.fail("Serve was started"))
+
+
+@pytest.mark.usefixtures("no_start")
+def test_port_in_use_is_refused_before_anything_starts(shelf: Shelf) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port} can't be used .*--port"),
+            _serving(shelf.config(), port),
+        ):
+            pass
+
+
+@pytest.mark.usefixtures("no_start")
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"model": "tinny@production"}, RegistryError, r"no model 'tinny'.*Did you mean 'tiny'\?"),
+        ({"model": "tiny@9"}, RegistryError, r"tiny: no version 9; it has 1, 2"),
+        ({"model": "tiny@staging"}, RegistryError, r"no alias 'staging'"),
+        ({"modle": "tiny"}, ConfigError, r"unknown key 'modle'; did you mean 'model'\?"),
+        ({"max_rows": 0}, ConfigError, r"max_rows: found 0"),
+        ({"max_batch_tokens": "many"}, ConfigError, r"max_batch_tokens: found 'many'"),
+    ],
+)
+def test_config_that_cannot_be_served_is_refused_before_anything_starts(
+    shelf: Shelf, changes: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says), _serving(shelf.config("wrong.yaml", **changes), free_port()):
+        pass
+
+
+@pytest.mark.usefixtures("no_start")
+def test_file_that_is_no_serve_config_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("applications: [{name: tiny, import_paht: banjoray.serving.app:build}]")
+    with pytest.raises(ConfigError, match="not a Ray Serve config"), _serving(file, free_port()):
+        pass
+
+
+def _serving(file: Path, port: int) -> Any:
+    return serving(file, port, lambda line: None)
