@@ -24,8 +24,9 @@ lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.test  ## run every benchmark; results go to benchmarks/results
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+bench: $(VENV)/.test  ## run the benchmarks; results go to benchmarks/results and the README
+	$(BIN)/python benchmarks/train_throughput.py
+	$(BIN)/python benchmarks/table.py
 
 clean:  ## remove .venv and what tools cached; runs and registry stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -291,7 +291,7 @@ def _job(file: Path, values: list[str]) -> Any:
 
 
 def _check_job(file: Path) -> str:
-    job = _job(file, [])
+    job = _job(file, []).anchored(Path.cwd())
 
     def work() -> str:
         from banjoray.training.preflight import prepare

@@ -82,7 +82,10 @@ class Registry:
 
     def __init__(self, root: str) -> None:
         """``root`` is a local path, or the URL of any fsspec file system that is installed."""
-        self._fs, path = url_to_fs(root)
+        try:
+            self._fs, path = url_to_fs(root)
+        except (ImportError, ValueError) as error:
+            raise RegistryError(f"registry {root!r}: fsspec can't open it here ({error}).") from None
         self._path = path.rstrip("/")
         self._local = isinstance(self._fs, LocalFileSystem)
         self.root = self._url(self._path)

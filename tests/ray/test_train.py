@@ -20,7 +20,8 @@ from banjoray.errors import ConfigError, GateRefused
 from banjoray.registry import Registry
 from banjoray.training.checkpoints import Store
 from banjoray.training.loop import Moment
-from banjoray.training.run import RunResult, _check_room, claim_run, worker_environment
+from banjoray.training.run import RunResult, _check_room, worker_environment
+from banjoray.training.runs import claim_run
 from factories import make_job, sample_rows, write_rows
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -229,7 +230,7 @@ def test_lower_gate_registers_the_same_run_without_training_again_and_the_next_s
 OTHER = """
 import sys
 from banjoray.config.job import load_job
-from banjoray.training.run import claim_run
+from banjoray.training.runs import claim_run
 with claim_run(load_job(sys.argv[1]), "same") as run:
     print(run.id, run.resumed, flush=True)
     sys.stdin.read()

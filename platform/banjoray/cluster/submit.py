@@ -48,6 +48,7 @@ def submit(verb: str, job_file: str, address: str, overrides: Iterable[str], tel
         raise ClusterError(f"no Ray job server answers at {address}: {str(error).splitlines()[0]}") from None
     except RuntimeError as error:
         raise ClusterError(f"the job server at {address} did not take the job: {str(error).splitlines()[0]}") from None
+    tell(f"job {submission} (ray job stop {submission} --address {address} ends it)\n")
     return follow(client, submission, tell)
 
 

@@ -224,10 +224,10 @@ class JobConfig(Section):
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def training_digest(self) -> str:
-        """sha256 of the keys that decide the trained weights: not of where they go, nor of what is searched."""
-        tree = {
-            key: value for key, value in self.to_json().items() if key not in ("registry", "storage", "tune", "hub")
-        }
+        """sha256 of the keys that decide the weights: not of where they go, on how many workers, or how often saved."""
+        aside = ("registry", "storage", "tune", "hub", "scale")
+        tree = {key: value for key, value in self.to_json().items() if key not in aside}
+        tree["train"] = {key: value for key, value in tree["train"].items() if "checkpoint" not in key}
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -238,7 +238,7 @@ class JobConfig(Section):
         """The same job with relative paths taken from ``root``: workers run in other folders than the driver."""
 
         def fixed(path: str) -> str:
-            return path if is_url(path) else str((root / path).absolute())
+            return path if is_url(path) else str((root / Path(path.removeprefix("file://")).expanduser()).absolute())
 
         tree = self.to_json()
         tree["storage"], tree["registry"]["root"] = fixed(self.storage), fixed(self.registry.root)

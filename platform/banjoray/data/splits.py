@@ -140,7 +140,7 @@ def _label_ids(source: Source, data: DataConfig, labels: tuple[str, ...]) -> np.
         if isinstance(cell, int):
             number = numbered.get(cell)
         if number is None:
-            raise DataError(_bad_label(source, row, column, cell, labels))
+            raise DataError(_bad_label(source, row, data, cell, labels))
         found[row] = number
     return found
 
@@ -149,10 +149,12 @@ def _is_whole(name: str) -> bool:
     return name.removeprefix("-").isdecimal()
 
 
-def _bad_label(source: Source, row: int, column: str, cell: object, labels: tuple[str, ...]) -> str:
-    where = f"data: {source.where(row)}, column '{column}'"
+def _bad_label(source: Source, row: int, data: DataConfig, cell: object, labels: tuple[str, ...]) -> str:
+    where = f"data: {source.where(row)}, column '{data.columns.label}'"
     if cell is None or cell == -1 or str(cell).strip() == "":
         return f"{where} holds no label ({cell!r}); needed one of {', '.join(labels)}"
+    if data.labels is not None:
+        return f"{where} holds label {cell!r}, which data.labels does not list; it lists {', '.join(labels)}"
     return f"{where} holds label {cell!r}, which train never shows; it shows {', '.join(labels)}"
 
 

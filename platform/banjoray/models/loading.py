@@ -68,13 +68,20 @@ def find_base(model: ModelConfig, hub: HubConfig) -> Base:
     if model.base.startswith("banjoray:"):
         folder = _packaged(model.base)
         return Base(str(folder), weights_digest(folder), {})
+    from transformers import AutoConfig
+
     if Path(model.base).is_dir():
         folder = Path(model.base).resolve()
         if not (folder / "config.json").is_file():
             raise ModelError(f"model.base: '{model.base}' has no config.json; needed a Hugging Face model folder")
-        return Base(str(folder), weights_digest(folder), {"trust_remote_code": model.trust_remote_code})
+        code = {"trust_remote_code": model.trust_remote_code}
+        try:
+            AutoConfig.from_pretrained(folder, **code)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"model.base: '{model.base}' has a config.json that can't be used ({reason})") from None
+        return Base(str(folder), weights_digest(folder), code)
     options = {"revision": model.revision, "token": token, "trust_remote_code": model.trust_remote_code}
-    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(model.base, **options)
@@ -120,7 +127,13 @@ def load_tokenizer(base: Base) -> Any:
     """The tokenizer that goes with a base model; has a padding token even where the model had none (GPT-2)."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base.path, **base.options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.path, **base.options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.base: '{base.path}' has no tokenizer ({str(error).splitlines()[0]})") from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # transformers 5 makes an empty tokenizer for a folder without one; every word would be unknown.
+        raise ModelError(f"model.base: '{base.path}' has no tokenizer files; save the tokenizer into the same folder")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -151,34 +164,35 @@ def base_config(base: Base, job: JobConfig, labels: Sequence[str], pad_id: int |
 
 
 def load_for_training(base: Base, config: Any, task: Task, seed: int) -> Any:
-    """The base model in fp32 with a fresh, seeded head for the task."""
+    """The model in fp32: a base with a fresh, seeded head for the task, or a checkpoint as it is."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
     loader = getattr(transformers, task.auto_model)
     return loader.from_pretrained(
-        base.path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, **base.options
+        base.path, config=config, dtype=torch.float32, ignore_mismatched_sizes=bool(base.digest), **base.options
     )
 
 
-def sketch(config: Any, task: Task) -> Any:
+def sketch(config: Any, task: Task, trust_remote_code: bool = False) -> Any:
     """The model without memory behind its weights: names and shapes, for checks before anything is loaded."""
     import torch
     import transformers
 
     with torch.device("meta"):
-        return getattr(transformers, task.auto_model).from_config(config)
+        return getattr(transformers, task.auto_model).from_config(config, trust_remote_code=trust_remote_code)
 
 
-def load_trained(folder: Path, task: Task) -> tuple[Any, Any]:
-    """(model in fp32 and eval mode, tokenizer) of a trained folder; safetensors only, no code from the folder."""
+def load_trained(folder: Path, task: Task, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """(model in fp32 and eval mode, tokenizer) of a trained folder; safetensors only."""
     import torch
     import transformers
 
     loader = getattr(transformers, task.auto_model)
-    model = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
-    return model, transformers.AutoTokenizer.from_pretrained(folder)
+    code = {"trust_remote_code": trust_remote_code}
+    model = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **code).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder, **code)
 
 
 def labels_of(model: Any) -> tuple[str, ...]:

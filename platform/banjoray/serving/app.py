@@ -188,12 +188,16 @@ def serving(file: str | Path, port: int | None, say: Callable[[str], None]) -> I
 def read_config(file: str | Path, port: int | None) -> ServeDeploySchema:
     """A serve config, checked down to the arguments of `build`, with what `banjoray serve` sets itself."""
     tree = read_yaml(file)
+    if not isinstance(tree.get("applications"), list) or not all(isinstance(a, dict) for a in tree["applications"]):
+        raise ConfigError(f"{file}: no list of 'applications'; needed a Ray Serve config (a job file goes to train)")
+    if not isinstance(tree.get("http_options") or {}, dict):
+        raise ConfigError(f"{file}: http_options: found {tree['http_options']!r}, needed keys and values")
     http = {"host": "127.0.0.1"} | (tree.get("http_options") or {}) | ({"port": port} if port else {})
-    for application in tree.get("applications") or []:
+    for application in tree["applications"]:
         if application.get("import_path") != "banjoray.serving.app:build":
             continue
         args = validate(ServeConfig, application.get("args") or {}, f"{file}: args")
-        registry = args.registry if is_url(args.registry) else str(Path(args.registry).absolute())
+        registry = args.registry if is_url(args.registry) else str(Path(args.registry).expanduser().absolute())
         Registry(registry).resolve(args.model)
         application["args"] = args.model_dump() | {"registry": registry}
     try:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from banjoray.config.job import JobConfig
 from banjoray.data.splits import Splits, load_splits
 from banjoray.data.tokens import cached_tokens, token_cache
@@ -47,21 +49,23 @@ def prepare(job: JobConfig) -> Ready:
     Raises ConfigError, DataError or ModelError, whichever is found first; nothing has been started by then.
     """
     check_metrics(job)
-    quiet_libraries()
+    # Before anything imports huggingface_hub, which reads its settings at import.
     token = use_hub(job.hub)
+    quiet_libraries()
+    check_places(job)
     task = task_for(job.task)
     splits = load_splits(job, token)
     base = find_base(job.model, job.hub)
     tokenizer = load_tokenizer(base)
     config = base_config(base, job, splits.labels, tokenizer.pad_token_id)
     _check_length(job, config)
-    trainable, weights = freeze_parameters(sketch(config, task), job.freeze)
+    trainable, weights = freeze_parameters(sketch(config, task, job.model.trust_remote_code), job.freeze)
     cache = token_cache(job)
     train = cached_tokens(splits.train, tokenizer, job.data.max_length, cache)
     validation = cached_tokens(splits.validation, tokenizer, job.data.max_length, cache)
 
     def model(folder: Path | None) -> Any:
-        source = base if folder is None else Base(str(folder), "", {})
+        source = base if folder is None else Base(str(folder), "", {"trust_remote_code": job.model.trust_remote_code})
         loaded = load_for_training(source, config, task, job.train.seed)
         freeze_parameters(loaded, job.freeze)
         return loaded
@@ -81,6 +85,18 @@ def prepare(job: JobConfig) -> Ready:
             if tokens.cut
         ),
     )
+
+
+def check_places(job: JobConfig) -> None:
+    """Refuse a storage or registry that can't be written to, before hours of training end there."""
+    for key, place in (("storage", job.storage), ("registry.root", job.registry.root)):
+        try:
+            filesystem, folder = fsspec.core.url_to_fs(place)
+            filesystem.makedirs(folder, exist_ok=True)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{key}: '{place}' is of no kind that fsspec can open here ({error})") from None
+        except OSError as error:
+            raise ConfigError(f"{key}: '{place}' can't be made or written to ({error})") from None
 
 
 def _check_length(job: JobConfig, config: Any) -> None:

@@ -1,7 +1,6 @@
 """`train` and `score`: the loop on Ray Train workers, then a score, a gate and the registry."""
 
-import itertools
-import json
+import hashlib
 import logging
 import os
 import threading
@@ -12,8 +11,6 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-import filelock
-import fsspec
 import ray.train
 import ray.train.torch
 
@@ -25,6 +22,7 @@ from banjoray.tasks.task import Score
 from banjoray.training.checkpoints import Store
 from banjoray.training.loop import Callbacks, FitResult, Moment, fit
 from banjoray.training.preflight import Ready, prepare
+from banjoray.training.runs import Run, claim_run
 from banjoray.training.scoring import score_folder
 from banjoray.training.signals import kept_sigterm
 
@@ -83,10 +81,9 @@ def train(job: JobConfig, watch: Watch = lambda moment: None, say: Say = lambda 
     Raises ConfigError, DataError, ModelError before anything starts; TrainingFailed; GateRefused (the checkpoint is
     kept, nothing is registered); BrokenVersion if the registered folder does not score what the run measured.
     """
-    # By the job as it was written: on a cluster, the working directory is another folder after every change in it.
-    stem = f"{job.name}-{job.training_digest()[:8]}"
-    job = job.anchored(Path.cwd())
+    written, job = job, job.anchored(Path.cwd())
     ready = prepare(job)
+    stem = f"{job.name}-{_identity(written, ready)}"
     for warning in ready.warnings:
         say(warning)
     with cluster(job, say), claim_run(job, stem) as run:
@@ -106,6 +103,15 @@ def train(job: JobConfig, watch: Watch = lambda moment: None, say: Say = lambda 
         )
         run.finish(finished.to_json())
     return finished
+
+
+def _identity(written: JobConfig, ready: Ready) -> str:
+    """8 hex digits that are equal for runs that would learn the same: an unfinished one goes on only then.
+
+    By the job as it was written: on a cluster, the working directory is another folder after every change in it.
+    """
+    facts = written.training_digest() + ready.fingerprint + ready.base.digest
+    return hashlib.sha256(facts.encode()).hexdigest()[:8]
 
 
 def score(reference: str, split: str = "test", registry: str = "./registry") -> ScoreResult:
@@ -128,6 +134,8 @@ def cluster(job: JobConfig, say: Say) -> Iterator[None]:
     A cluster started here is stopped at the end. Raises ConfigError if this machine is too small for the job.
     """
     if ray.is_initialized():
+        if short := _missing(job):
+            say(f"{short}; waiting until they are there")
         yield
         return
     here = "RAY_ADDRESS" not in os.environ
@@ -167,50 +175,6 @@ def _missing(job: JobConfig) -> str | None:
             place = "this machine has" if "RAY_ADDRESS" not in os.environ else "the cluster has"
             return f"scale: {job.scale.workers} workers x {each} {kind} need {needed}, {place} {have.get(kind, 0):g}"
     return None
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run's folder."""
-
-    id: str
-    url: str
-    resumed: bool
-
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """Mark the run as done; the same job started again makes a new one."""
-        filesystem, folder = fsspec.core.url_to_fs(self.url)
-        filesystem.pipe_file(f"{folder}/.result.json", json.dumps(result, indent=1).encode())
-        filesystem.mv(f"{folder}/.result.json", f"{folder}/result.json")
-
-
-@contextmanager
-def claim_run(job: JobConfig, stem: str, resume: bool = True) -> Iterator[Run]:
-    """The unfinished run called ``stem``-number, or a new one; held by this process until the end of the block.
-
-    Without ``resume``, always a new one. On local storage a lock file keeps two processes apart; behind a URL there
-    is none, so start a job there once at a time.
-    """
-    root = job.storage.rstrip("/") if is_url(job.storage) else str(Path(job.storage).absolute())
-    filesystem, _ = fsspec.core.url_to_fs(root)
-    for number in itertools.count(1):
-        url = f"{root}/{stem}-{number}"
-        known = filesystem.exists(url)
-        if filesystem.exists(f"{url}/result.json") or (known and not resume):
-            continue
-        run = Run(f"{stem}-{number}", url, resumed=filesystem.exists(f"{url}/checkpoints"))
-        if is_url(root):
-            yield run
-            return
-        Path(url).mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(f"{url}/.lock", blocking=False)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            continue
-        with lock:
-            yield run
-        return
 
 
 def _opening(job: JobConfig, ready: Ready, run: Run) -> str:

@@ -24,10 +24,12 @@ def score_folder(folder: Path, job: JobConfig, split: str) -> tuple[Score, str]:
 
     Raises DataError: no such split, or rows that can't be read any more.
     """
+    token = use_hub(job.hub)
     quiet_libraries()
     task = task_for(job.task)
-    model, tokenizer = load_trained(folder, task)
-    splits = load_splits(job, use_hub(job.hub))
+    model, tokenizer = load_trained(folder, task, job.model.trust_remote_code)
+    # In the model's order of labels: rows that have changed since may sort to another one.
+    splits = load_splits(job.with_values({"data.labels": list(labels_of(model))}), token)
     rows = splits.get(split)
     tokens = cached_tokens(rows, tokenizer, job.data.max_length, token_cache(job))
     device = torch.device("cuda" if torch.cuda.is_available() and job.scale.gpus_per_worker else "cpu")

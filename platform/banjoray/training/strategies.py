@@ -211,7 +211,12 @@ class Zero:
             # torch's AdamW, the same arithmetic as under ddp; also where the optimizer state is offloaded.
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "torch_autocast": {"enabled": precision != "fp32", "dtype": {"fp16": "float16"}.get(precision, "bfloat16")},
+            "torch_autocast": {
+                "enabled": precision != "fp32",
+                "dtype": {"fp16": "float16"}.get(precision, "bfloat16"),
+                # Else ZeRO-3 gathers the weights of linear layers in that dtype, for evaluation too.
+                "lower_precision_safe_modules": [],
+            },
             "steps_per_print": 2**31,
         }
 

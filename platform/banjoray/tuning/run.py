@@ -16,7 +16,9 @@ from banjoray.errors import TrainingFailed
 from banjoray.training.checkpoints import Checkpoint, Store
 from banjoray.training.loop import Callbacks, FitResult, fit
 from banjoray.training.preflight import prepare
-from banjoray.training.run import Run, best_folder, claim_run, cluster, fit_on_ray, gate_and_register
+from banjoray.training.run import best_folder, cluster, fit_on_ray, gate_and_register
+from banjoray.training.runs import Run, claim_run
+from banjoray.training.strategies import choose_precision
 from banjoray.tuning.space import STRUCTURAL, corner_jobs, search_of
 from ray import tune as ray_tune
 
@@ -62,7 +64,7 @@ def tune(job: JobConfig, say: Say = lambda line: None) -> StudyResult:
     TrainingFailed if no trial finished an epoch; GateRefused.
     """
     search, job = search_of(job), job.anchored(Path.cwd())
-    ready = prepare(job)
+    prepare(job)
     for key, corner in corner_jobs(job):
         if key.split(".")[0] in STRUCTURAL:
             prepare(corner)
@@ -75,12 +77,12 @@ def tune(job: JobConfig, say: Say = lambda line: None) -> StudyResult:
         if winner.score is None:
             raise TrainingFailed(f"no trial of {study.id} finished an epoch; the first failed with: {winner.status}")
         won = _best(job, study, winner.trial)
-        result = FitResult(won, won.position.step, winner.seconds, 0.0, "as trained")
+        won_job = job.with_values(winner.values).anchored(Path.cwd())
+        precision = choose_precision(won_job.train.precision, won_job.scale.gpus_per_worker > 0).precision
+        result = FitResult(won, won.position.step, winner.seconds, 0.0, precision)
         checkpoint = best_folder(_folder(study, winner.trial), result)
         origin = {"run": study.id, "trial": winner.trial}
-        registered = gate_and_register(
-            job.with_values(winner.values).anchored(Path.cwd()), ready, checkpoint, result, origin
-        )
+        registered = gate_and_register(won_job, prepare(won_job), checkpoint, result, origin)
         finished = StudyResult(study.id, str(registered), winner.trial, job.train.metric, winner.score, tuple(ranked))
         study.finish(finished.to_json())
     return finished
@@ -106,7 +108,8 @@ def _run_trials(job: JobConfig, study: Run, say: Say) -> list[Trial]:
     search = search_of(job)
     scheduler = None
     if search.scheduler == "asha":
-        scheduler = ASHAScheduler(max_t=job.train.epochs, grace_period=1, reduction_factor=3)
+        longest = max(job.train.epochs, *(corner.train.epochs for _, corner in corner_jobs(job)))
+        scheduler = ASHAScheduler(max_t=longest, grace_period=1, reduction_factor=3)
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(_trial(job, study), _resources(job)),
         param_space={key: _sampled(dimension) for key, dimension in search.space.items()},
@@ -215,7 +218,7 @@ def _told(job: JobConfig, result: Any) -> Trial:
     status = "done"
     if result.error is not None:
         status = str(result.error).strip().splitlines()[-1]
-    elif len(scores) < job.train.epochs:
+    elif len(scores) < job.with_values(result.config).train.epochs:
         status = "stopped early"
     name = metrics.get("trial_id") or Path(result.path).name
     seconds = float(metrics.get("time_total_s", 0.0))

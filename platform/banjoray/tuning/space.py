@@ -10,6 +10,8 @@ from banjoray.errors import ConfigError
 
 # Keys whose values decide whether a model can be cut or a row be read; each choice is prepared in full.
 STRUCTURAL = ("freeze", "model", "data")
+# What all trials of a study have in common: how they are compared, where they run and are kept.
+FIXED = ("tune", "storage", "registry", "hub", "name", "task", "scale", "train.metric", "train.mode")
 
 
 def search_of(job: JobConfig) -> SearchConfig:
@@ -25,7 +27,7 @@ def corner_jobs(job: JobConfig) -> Iterator[tuple[str, JobConfig]]:
     Raises ConfigError where one is not a valid job, or where a key can't be searched.
     """
     for key, dimension in search_of(job).space.items():
-        if key.split(".")[0] in ("tune", "storage", "registry", "hub", "name", "task", "scale"):
+        if key.split(".")[0] in FIXED or key in FIXED:
             raise ConfigError(f"tune.space: '{key}' can't be searched; it does not change what a model learns")
         for value in _corners(dimension):
             try:
