@@ -1,12 +1,13 @@
 """A job checked from end to end before any worker starts: rows read, tokens made, base found, freezing possible."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from banjoray.config.job import JobConfig
+from banjoray.config.job import JobConfig, is_url
 from banjoray.data.splits import Splits, load_splits
 from banjoray.data.tokens import cached_tokens, token_cache
 from banjoray.errors import ConfigError
@@ -91,12 +92,15 @@ def check_places(job: JobConfig) -> None:
     """Refuse a storage or registry that can't be written to, before hours of training end there."""
     for key, place in (("storage", job.storage), ("registry.root", job.registry.root)):
         try:
-            filesystem, folder = fsspec.core.url_to_fs(place)
-            filesystem.makedirs(folder, exist_ok=True)
+            fsspec.core.url_to_fs(place)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"{key}: '{place}' is of no kind that fsspec can open here ({error})") from None
-        except OSError as error:
-            raise ConfigError(f"{key}: '{place}' can't be made or written to ({error})") from None
+        if not is_url(place):
+            standing = next(
+                folder for folder in (Path(place).absolute(), *Path(place).absolute().parents) if folder.exists()
+            )
+            if not (standing.is_dir() and os.access(standing, os.W_OK)):
+                raise ConfigError(f"{key}: '{place}' can't be made: {standing} is no folder that can be written to")
 
 
 def _check_length(job: JobConfig, config: Any) -> None:
