@@ -15,7 +15,10 @@ def table() -> str:
         result = json.loads(path.read_text(encoding="utf-8"))
         contenders = sorted(result["contenders"].values(), key=lambda told: -told["rows_per_s"])
         ours = result["contenders"]["banjoray"]["rows_per_s"]
-        lines = [f"Fine-tuning, {result['data']}; median of {result['repeats']} runs on {result['machine']}:", ""]
+        lines = [
+            f"Fine-tuning, {result['data']}; median of counted runs: {result['repeats']}, on {result['machine']}:",
+            "",
+        ]
         lines += ["| contender | rows/s | banjoray is | validation accuracy |", "| --- | ---: | ---: | ---: |"]
         for told in contenders:
             speed, accuracy = told["rows_per_s"], told["accuracy"]
