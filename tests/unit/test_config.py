@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from banjoray.config.job import FreezeLayers, FreezePatterns, JobConfig, load_job
+from banjoray.config.job import JobConfig, load_job
+from banjoray.config.train import FreezeLayers, FreezePatterns
 from banjoray.config.section import validate
 from banjoray.config.serve import ServeConfig
 from banjoray.errors import ConfigError

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import transformers
 
-from banjoray.config.job import Freeze, FreezeLayers, FreezePatterns
+from banjoray.config.train import Freeze, FreezeLayers, FreezePatterns
 from banjoray.errors import ModelError
 from banjoray.models.blocks import find_blocks
 from banjoray.models.freezing import freeze_parameters, frozen_names

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from banjoray.config.search import SearchConfig
 from banjoray.config.section import Section, known_keys, nearest, validate
+from banjoray.config.train import AdapterConfig, Freeze, ScaleConfig, TrainConfig, clear_freeze
 from banjoray.errors import ConfigError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -71,79 +72,6 @@ class DataConfig(Section):
         return self
 
 
-class FreezeLayers(Section):
-    """Freeze the embeddings and the lowest blocks."""
-
-    layers: int = Field(ge=0, description="How many blocks, counted from the bottom; the embeddings freeze too.")
-
-
-class FreezePatterns(Section):
-    """Freeze what matches."""
-
-    patterns: list[str] = Field(min_length=1, description="Shell patterns over parameter names, as encoder.layer.0.*")
-
-
-Freeze = Literal["none", "embeddings", "backbone"] | FreezeLayers | FreezePatterns
-
-
-class TrainConfig(Section):
-    """How the weights are changed."""
-
-    epochs: int = Field(3, ge=1, description="Passes over the training rows.")
-    batch_size: int = Field(32, ge=1, description="Rows per optimizer step, over all workers and accumulation.")
-    learning_rate: float = Field(2.0e-5, gt=0, description="AdamW's peak learning rate.")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay; none on biases and norms.")
-    adam_epsilon: float = Field(1.0e-8, gt=0, description="AdamW's epsilon.")
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = Field(
-        "linear", description="How the learning rate goes on after the warm-up (transformers.get_scheduler)."
-    )
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of all steps over which the rate rises from 0.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Microbatches per worker and optimizer step.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this L2 norm.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 where the hardware has it natively, else fp16 on CUDA, else fp32."
-    )
-    seed: int = Field(0, ge=0, description="Seeds the head, the data order, dropout and the validation cut.")
-    metric: str = Field("f1_macro", description="The validation metric that picks the best checkpoint.")
-    mode: Literal["max", "min"] = Field("max", description="Whether more of the metric is better, or less.")
-    checkpoint_every: Literal["epoch"] | int = Field(
-        "epoch", description="epoch, or a number of steps: how much work a crash can cost. Epochs are always kept."
-    )
-    keep_checkpoints: int = Field(2, ge=2, description="Complete checkpoints on disk: the best, and the newest.")
-
-    @model_validator(mode="after")
-    def _loss_is_minimised(self) -> "TrainConfig":
-        if (self.metric == "loss") != (self.mode == "min"):
-            raise ValueError(f"metric {self.metric!r} with mode {self.mode!r}; only loss is minimised")
-        return self
-
-    @field_validator("checkpoint_every")
-    @classmethod
-    def _at_least_one_step(cls, value: Literal["epoch"] | int) -> Literal["epoch"] | int:
-        if value != "epoch" and value < 1:
-            raise ValueError(f"needs 'epoch' or a number of steps >= 1, found {value}")
-        return value
-
-
-class ScaleConfig(Section):
-    """How many workers train, on what, and how they share the work."""
-
-    workers: int = Field(1, ge=1, description="Training processes.")
-    gpus_per_worker: int = Field(0, ge=0, le=1, description="1: train on GPUs; 0: on CPUs.")
-    cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and CPU threads, of each worker.")
-    strategy: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = Field(
-        "ddp", description="ddp: data parallel. zero1..zero3: DeepSpeed, sharding optimizer, gradients, parameters."
-    )
-    offload: Literal["none", "cpu"] = Field("none", description="cpu: ZeRO keeps the optimizer state in host memory.")
-    max_failures: int = Field(2, ge=0, description="How many times a dead worker restarts the run from a checkpoint.")
-
-    @model_validator(mode="after")
-    def _offload_needs_zero(self) -> "ScaleConfig":
-        if self.offload != "none" and self.strategy in ("ddp", "zero0"):
-            raise ValueError(f"offload {self.offload!r} needs strategy zero1, zero2 or zero3, found {self.strategy!r}")
-        return self
-
-
 class GateConfig(Section):
     """The score below which a model is not registered."""
 
@@ -181,9 +109,16 @@ class JobConfig(Section):
     task: Literal["text-classification"] = Field(description="What the model learns to do.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="What training starts from.")
     data: DataConfig = Field(description="What it learns from.")
-    freeze: Freeze = Field("none", description="none, embeddings, backbone, {layers: k} or {patterns: [...]}.")
+    freeze: Freeze = Field(
+        "none", description="none, embeddings, backbone, {layers: k}, {patterns: [...]} or {bitfit: true}."
+    )
+    adapter: AdapterConfig | None = Field(None, description="Train a PEFT adapter and the head; null: the weights.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="How the weights are changed.")
     scale: ScaleConfig = Field(default_factory=ScaleConfig, description="On how many workers.")
+    tracking: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
+        default_factory=lambda: ["tensorboard"],
+        description="Who is told every step: tensorboard files in the run's folder, an MLflow server, Weights & Biases.",
+    )
     tune: SearchConfig | None = Field(None, description="What `banjoray tune` searches.")
     storage: str = Field("./runs", description="Folder or fsspec URL for runs: checkpoints, results, token cache.")
     registry: RegistryConfig = Field(default_factory=RegistryConfig, description="Where the model goes.")
@@ -192,24 +127,15 @@ class JobConfig(Section):
     @field_validator("freeze", mode="before")
     @classmethod
     def _one_clear_message(cls, value: Any) -> Any:
-        if isinstance(value, Section) or value in ("none", "embeddings", "backbone"):
-            return value
-        match value:
-            case {"layers": int(count)} if len(value) == 1 and count >= 0:
-                return value
-            case {"patterns": [*patterns]} if (
-                len(value) == 1 and patterns and all(isinstance(p, str) for p in patterns)
-            ):
-                return value
-        raise ValueError(f"found {value!r}, needed none, embeddings, backbone, {{layers: k}} or {{patterns: [...]}}")
+        return clear_freeze(value)
 
     @model_validator(mode="after")
     def _batches_reach_every_worker(self) -> "JobConfig":
-        shares = self.scale.workers * self.train.gradient_accumulation_steps
-        if self.train.batch_size < shares:
+        shares = self.scale.most_workers * self.train.gradient_accumulation_steps
+        if self.train.batching.mode == "rows" and self.train.batch_size < shares:
             raise ValueError(
                 f"train.batch_size: found {self.train.batch_size}, needed at least {shares} "
-                f"(scale.workers {self.scale.workers} x gradient_accumulation_steps "
+                f"(scale.workers {self.scale.most_workers} x gradient_accumulation_steps "
                 f"{self.train.gradient_accumulation_steps}); batch_size counts rows over all workers"
             )
         return self
@@ -225,7 +151,7 @@ class JobConfig(Section):
 
     def training_digest(self) -> str:
         """sha256 of the keys that decide the weights: not of where they go, on how many workers, or how often saved."""
-        aside = ("registry", "storage", "tune", "hub", "scale")
+        aside = ("registry", "storage", "tune", "hub", "scale", "tracking")
         tree = {key: value for key, value in self.to_json().items() if key not in aside}
         tree["train"] = {key: value for key, value in tree["train"].items() if "checkpoint" not in key}
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

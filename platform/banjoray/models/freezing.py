@@ -3,7 +3,7 @@
 from fnmatch import fnmatchcase
 from typing import Any
 
-from banjoray.config.job import Freeze, FreezeLayers, FreezePatterns
+from banjoray.config.train import Freeze, FreezeBitfit, FreezeLayers, FreezePatterns
 from banjoray.errors import ModelError
 from banjoray.models.blocks import find_blocks
 
