@@ -9,6 +9,8 @@
     |       |-- StaleAlias            1  the alias moved while you were promoting
     |       `-- BrokenVersion         1  files of a version differ from its manifest
     |-- TrainingFailed                1  the workers gave up, after every retry
+    |   |-- OutOfMemory                  a microbatch did not fit; the next start takes smaller ones
+    |   `-- Stopped                      the run was told to end; the same command goes on
     |-- ClusterError                  1  Ray, Serve or the job server did not do its part
     |-- GateRefused                   3  the model was trained and its score is below the gate
     `-- RequestError                  -  an HTTP request that can't be answered; has a status
@@ -60,6 +62,14 @@ class BrokenVersion(RegistryError):
 
 class TrainingFailed(BanjorayError):
     """The training workers failed and every retry is used up; the newest complete checkpoint is kept."""
+
+
+class OutOfMemory(TrainingFailed):
+    """A microbatch did not fit into the GPU's memory; its half has been noted in the run's folder."""
+
+
+class Stopped(TrainingFailed):
+    """The run was told to end and wrote a checkpoint; the same command goes on from there."""
 
 
 class ClusterError(BanjorayError):

@@ -4,12 +4,15 @@ No Ray here: a run of one worker is the loop in this process, more workers are p
 steps, 6 in each of its 2 epochs.
 """
 
+import errno
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,9 +21,14 @@ from torch import Tensor
 from banjoray.config.job import JobConfig
 from banjoray.data.batches import epoch_batches
 from banjoray.errors import TrainingFailed
-from banjoray.training.checkpoints import Checkpoint, Store
-from banjoray.training.loop import Callbacks, FitResult, Moment, fit
+from banjoray.tasks.text_classification import TextClassification
+from banjoray.training import loop
+from banjoray.training.checkpoints import Checkpoint, Position, Saver, Store
+from banjoray.training.interface import Callbacks, FitResult, Moment
+from banjoray.training.learned import Learned
+from banjoray.training.loop import fit
 from banjoray.training.preflight import prepare
+from banjoray.training.strategies import build
 
 JobMaker = Callable[..., JobConfig]
 STEPS = 12
@@ -88,7 +96,7 @@ def names(at: Path) -> list[str]:
 def final(at: Path) -> dict[str, Tensor]:
     """Weights and moments of the newest checkpoint, which has to be that of the last step."""
     newest = at / "checkpoints" / f"step-{STEPS:08d}"
-    return load_file(newest / "model/model.safetensors") | load_file(newest / "optimizer.safetensors")
+    return load_file(newest / "weights.safetensors") | load_file(newest / "optimizer.safetensors")
 
 
 def different(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
@@ -184,10 +192,9 @@ def _truncate(path: Path) -> None:
 @pytest.mark.parametrize(
     "file",
     [
-        "model/model.safetensors",
-        "model/config.json",
-        "model/tokenizer.json",
+        "weights.safetensors",
         "optimizer.safetensors",
+        "job.yaml",
         "checkpoint.json",
     ],
 )
@@ -211,7 +218,7 @@ def test_newest_checkpoint_with_a_file_missing_is_skipped(job: JobConfig, whole:
 
 def test_run_with_no_whole_checkpoint_starts_from_the_base_model(job: JobConfig, whole: Path, copy: Path) -> None:
     for name in names(copy):
-        _truncate(copy / "checkpoints" / name / "model/model.safetensors")
+        _truncate(copy / "checkpoints" / name / "weights.safetensors")
     _, seen = go_on(job, copy)
     assert [moment.step for moment in seen] == list(range(1, STEPS + 1))
     assert different(final(copy), final(whole)) == []
@@ -221,7 +228,7 @@ def test_torn_checkpoint_does_not_push_out_the_progress_made_after_it(drops_out:
     job = drops_out(train__checkpoint_every=1)
     at = interrupt(job, tmp_path / "run", 11)
     assert names(at) == ["step-00000006", "step-00000010"]
-    _truncate(at / "checkpoints/step-00000010/model/model.safetensors")
+    _truncate(at / "checkpoints/step-00000010/weights.safetensors")
     interrupt(job, at, 9)
     _, seen = go_on(job, at)
     assert "going on from step-00000008" in seen[0].note
@@ -236,8 +243,10 @@ def test_half_written_checkpoint_of_a_killed_worker_is_cleared_away(job: JobConf
 
 @pytest.mark.parametrize("keep", [2, 3])
 def test_best_and_newest_checkpoints_are_all_there_is_on_disk_at_every_step(
-    drops_out: JobMaker, tmp_path: Path, keep: int
+    drops_out: JobMaker, tmp_path: Path, keep: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Written at once instead of beside the next step, so that there is a moment to look at.
+    monkeypatch.setattr(Saver, "begin", lambda _, work: work())
     job = drops_out(train__checkpoint_every=1, train__keep_checkpoints=keep)
     at = tmp_path / "run"
     listed: list[list[str]] = []
@@ -265,18 +274,130 @@ def test_best_checkpoint_outlives_worse_ones_after_it(drops_out: JobMaker, tmp_p
     assert names(tmp_path / "run") == [result.checkpoint.name, newest.name]
 
 
-def test_run_asked_to_stop_ends_after_the_epoch_with_a_scored_checkpoint(
+def test_training_goes_on_while_a_checkpoint_is_written(
+    job: JobConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    save, third = Store.save, threading.Event()
+
+    def slow(store: Store, position: Position, *rest: Any) -> Checkpoint:
+        if position.step == 2:
+            assert third.wait(60), "step 3 waited for the checkpoint of step 2"
+        return save(store, position, *rest)
+
+    def watch(moment: Moment) -> None:
+        seen.append(moment.step)
+        if moment.step == 3:
+            third.set()
+
+    monkeypatch.setattr(Store, "save", slow)
+    run(job, tmp_path / "run", watch=watch)
+    assert different(final(tmp_path / "run"), final(whole)) == []
+
+
+def test_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_ones_before(
+    job: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Learned.save
+
+    def full(learned: Learned, weights: Any, folder: Path) -> None:
+        if len(names(tmp_path / "run")) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(learned, weights, folder)
+
+    monkeypatch.setattr(Learned, "save", full)
+    with pytest.raises(TrainingFailed, match=r"step-00000006 can't be written .* \(No space left on device\)"):
+        run(job, tmp_path / "run")
+    assert names(tmp_path / "run") == ["step-00000002", "step-00000004"]
+    assert Store(str(tmp_path / "run"), pytest.fail).newest_whole() is not None
+
+
+def test_run_told_to_end_writes_a_checkpoint_at_once_and_goes_on_bit_for_bit(
     job: JobConfig, whole: Path, tmp_path: Path
 ) -> None:
     at = tmp_path / "run"
     seen: list[Moment] = []
-    result = run(job, at, watch=seen.append, should_stop=lambda: True)
-    assert [moment.step for moment in seen] == [1, 2, 3, 4, 5, 6]
-    assert result.checkpoint.name == "step-00000006"
-    assert set(result.checkpoint.metrics) == {"accuracy", "f1_macro", "f1_weighted", "loss"}
+    result = run(job, at, watch=seen.append, should_stop=lambda: len(seen) == 2)
+    # Asked after a step and before it is told: the third is the first that comes after two were seen.
+    assert [moment.step for moment in seen] == [1, 2, 3]
+    assert (result.stopped, result.steps, result.checkpoint.name) == (True, 3, "step-00000003")
     assert Store(str(at), pytest.fail).newest_whole() == result.checkpoint
     go_on(job, at)
     assert different(final(at), final(whole)) == []
+
+
+def test_early_stopping_ends_after_its_patience_and_a_finished_run_stays_finished(
+    drops_out: JobMaker, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"train__learning_rate": 3e-3, "model__dropout": 0.0}
+    job = drops_out(train__epochs=10, train__early_stopping_patience=2, **changes)
+    result = run(job, tmp_path / "run")
+    losses = [entry["loss"] for entry in checkpoints(tmp_path / "run")[-1].position.history]
+    assert 3 <= len(losses) < 10
+    assert min(losses) == losses[-3]
+    assert min(losses[-2:]) >= losses[-3]
+    assert result.checkpoint.metrics["loss"] == min(losses)
+    again, seen = go_on(job, tmp_path / "run")
+    assert (seen, again.steps) == ([], 6 * len(losses))
+
+
+def test_out_of_memory_halves_the_microbatches_from_the_newest_checkpoint_on(
+    drops_out: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = drops_out(model__dropout=0.0)
+    run(job, tmp_path / "whole")
+    sizes: list[int] = []
+
+    def too_small(job: JobConfig, model: Any, precision: Any) -> Any:
+        def forward(module: Any, inputs: Any, whole: Any) -> None:
+            del inputs
+            if not module.training:
+                return
+            sizes.append(len(whole["input_ids"]))
+            if sizes[-1] > 4 and len(sizes) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        model.register_forward_pre_hook(forward, with_kwargs=True)
+        return build(job, model, precision)
+
+    monkeypatch.setattr(loop, "build", too_small)
+    seen: list[Moment] = []
+    run(job, tmp_path / "run", watch=seen.append)
+    # Three steps of 16 rows, and the fourth does not fit, nor does it in halves.
+    assert [moment.step for moment in seen[:3]] == [1, 2, 3]
+    assert "4 microbatches per step" in seen[-1].note
+    assert "going on from step-00000002" in seen[-1].note
+    assert sizes[-1] <= 4
+    difference, weight = farthest(final(tmp_path / "run"), final(tmp_path / "whole"))
+    assert difference <= BOUND, weight
+
+
+def test_steps_without_numbers_are_skipped_up_to_their_limit(
+    drops_out: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison_step(monkeypatch, 3)
+    seen: list[Moment] = []
+    job = drops_out(train__max_skipped_steps=1)
+    at = tmp_path / "run"
+    run(job, at, watch=seen.append)
+    assert [np.isfinite(moment.loss) for moment in seen] == [step != 3 for step in range(1, STEPS + 1)]
+    assert checkpoints(at)[-1].position.broken == 1
+    assert all(torch.isfinite(tensor).all() for tensor in final(at).values())
+    poison_step(monkeypatch, 3)
+    with pytest.raises(TrainingFailed, match=r"loss is nan .* at step 3 .*train rows \d+"):
+        run(drops_out(), tmp_path / "strict")
+
+
+def poison_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Make the loss of that step, counted over a run without interruption, no number."""
+    count = [0]
+    losses = TextClassification.losses
+
+    def poisoned(task: TextClassification, *arguments: Any) -> Tensor:
+        count[0] += 1
+        return losses(task, *arguments) * (float("nan") if count[0] == step else 1.0)
+
+    monkeypatch.setattr(TextClassification, "losses", poisoned)
 
 
 def test_finished_run_started_again_trains_nothing_and_gives_the_same_result(job: JobConfig, whole: Path) -> None:
@@ -290,7 +411,8 @@ def test_finished_run_started_again_trains_nothing_and_gives_the_same_result(job
 
 def test_loss_that_is_not_a_number_names_the_step_and_its_rows(drops_out: JobMaker, tmp_path: Path) -> None:
     job = drops_out(train__learning_rate=1e30)
-    with pytest.raises(TrainingFailed, match=r"loss is (nan|inf) at step \d+ \(learning rate .*e\+\d+") as caught:
+    told = r"loss is (nan|inf|\d.*) and the gradients' norm (nan|inf) at step \d+ \(learning rate .*e\+\d+"
+    with pytest.raises(TrainingFailed, match=told) as caught:
         run(job, tmp_path / "run")
     step = int(str(caught.value).partition("at step ")[2].split()[0])
     lengths = prepare(job).rows.train.lengths
@@ -307,7 +429,7 @@ def test_every_finished_epoch_is_reported_with_its_metrics(job: JobConfig, tmp_p
     assert saved["position"]["history"] == reported
 
 
-WORLDS = ("ddp", "zero2", "zero3")
+WORLDS = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,13 @@ from torch import Tensor, nn
 
 from banjoray.config.job import JobConfig
 from banjoray.config.section import validate
+from banjoray.models import vocabulary
 from banjoray.training import loop, scoring, strategies
+from banjoray.training.interface import Callbacks
+from banjoray.training.parallel import DataParallel, FullySharded
 from banjoray.training.preflight import prepare
-from banjoray.training.strategies import DataParallel, Strategy, Zero
+from banjoray.training.strategies import Strategy
+from banjoray.training.zero import Zero
 
 
 class Interrupted(Exception):
@@ -56,6 +60,7 @@ def main(plan: Path) -> None:
 
 def _run(case: dict[str, Any], out: Path) -> None:
     job = validate(JobConfig, case["job"], case["name"])
+    vocabulary.LARGEST_SHARE = case.get("largest_share", 0.8)
     ready = prepare(job)
     built: list[Strategy] = []
     released: list[str] = []
@@ -66,7 +71,7 @@ def _run(case: dict[str, Any], out: Path) -> None:
 
     loop.build = build  # type: ignore[attr-defined]
     notes: list[str] = []
-    callbacks = loop.Callbacks(watch=lambda moment: notes.append(moment.note))
+    callbacks = Callbacks(watch=lambda moment: notes.append(moment.note))
     told: dict[str, Any] = {}
     try:
         result = loop.fit(job, ready.rows, ready.task, ready.start, case["run"], callbacks)
@@ -94,6 +99,12 @@ def _watched(strategy: Strategy, interrupt_at: int | None, released: list[str]) 
     return strategy
 
 
+def _local(tensor: Any) -> Tensor:
+    """The part of a tensor that is on this rank."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
 def _size(parameter: nn.Parameter) -> int:
     size: int = getattr(parameter, "ds_numel", parameter.numel())
     return size
@@ -107,6 +118,8 @@ def _look(strategy: Strategy, released: list[str]) -> Seen:
     parameters = list(strategy.module.parameters())
     if isinstance(strategy, DataParallel):
         kind, stage, optimizer = type(strategy._wrapped), None, strategy._optimizer
+    elif isinstance(strategy, FullySharded):
+        kind, stage, optimizer = type(strategy.module).__mro__[1], None, strategy._optimizer
     else:
         assert isinstance(strategy, Zero)
         kind, stage = type(strategy.engine), strategy.engine.zero_optimization_stage()
@@ -115,7 +128,7 @@ def _look(strategy: Strategy, released: list[str]) -> Seen:
         wrapped=f"{kind.__module__}.{kind.__name__}",
         workers=strategy.workers,
         stage=stage,
-        held=sum(state["exp_avg"].numel() for state in optimizer.state.values()),
+        held=sum(_local(state["exp_avg"]).numel() for state in optimizer.state.values()),
         trainable=sum(_size(p) for p in parameters if p.requires_grad),
         released=tuple(released),
         pieces=sum(_piece(p) for p in parameters) if stage == 3 else 0,
@@ -129,7 +142,8 @@ def _own_weights(strategy: Strategy) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for name, parameter in strategy.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
-            whole[name] = parameter.detach().clone()
+            full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            whole[name] = full.detach().clone()
     return whole
 
 

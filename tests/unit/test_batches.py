@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 
-from banjoray.data.batches import epoch_batches, shares, sorted_batches
+from banjoray.config.section import validate
+from banjoray.config.train import TrainConfig
+from banjoray.data.batches import batches_of, epoch_batches, shares, sorted_batches, token_batches
 
+TOKENS = [(0, 100), (1, 1), (2, 100), (7, 30), (97, 128), (1000, 1024), (3001, 4096), (3001, 10**7)]
 SIZES = [(1, 1), (5, 8), (8, 8), (97, 8), (1000, 32), (3001, 16)]
 
 
@@ -63,6 +66,82 @@ def test_rows_of_a_batch_are_longest_first_and_pad_far_less_than_at_random() -> 
         order = np.random.default_rng(epoch).permutation(len(lengths))
         at_random = [order[start : start + 32] for start in range(0, len(order), 32)]
         assert padding(lengths, batches) < 0.4 * padding(lengths, at_random)
+
+
+@pytest.mark.parametrize(("rows", "budget"), TOKENS)
+def test_token_batches_hold_every_row_once_within_the_budget_longest_first(rows: int, budget: int) -> None:
+    for seed in range(3):
+        lengths = lengths_of(rows, seed)
+        for epoch in range(3):
+            batches = token_batches(lengths, budget, seed, epoch)
+            assert sorted(row for batch in as_lists(batches) for row in batch) == list(range(rows))
+            for batch in batches:
+                assert len(batch) == 1 or len(batch) * int(lengths[batch].max()) <= budget
+                assert (np.diff(lengths[batch]) <= 0).all()
+
+
+def test_token_batches_are_a_pure_function_of_seed_epoch_and_lengths() -> None:
+    lengths = lengths_of(500)
+    first = as_lists(token_batches(lengths, 512, 3, 2))
+    token_batches(lengths, 512, 3, 1)
+    np.random.default_rng(0).random()
+    assert as_lists(token_batches(lengths.copy(), 512, 3, 2)) == first
+    assert lengths.tolist() == lengths_of(500).tolist()
+
+
+def test_token_batches_differ_by_epoch_and_seed_in_rows_and_order() -> None:
+    lengths = lengths_of(500)
+    runs = [as_lists(token_batches(lengths, 512, seed, epoch)) for seed in range(3) for epoch in range(3)]
+    assert len({str(run) for run in runs}) == 9
+    assert len({str(sorted(map(sorted, run))) for run in runs}) == 9
+
+
+def test_few_rows_that_meet_in_a_token_batch_meet_again_in_the_next_epoch() -> None:
+    lengths = lengths_of(3001)
+    place = np.empty(len(lengths), dtype=np.int64)
+    for number, batch in enumerate(token_batches(lengths, 1024, 0, 1)):
+        place[batch] = number
+    met = again = 0
+    for batch in token_batches(lengths, 1024, 0, 0):
+        together = np.bincount(place[batch])
+        met, again = met + len(batch) * (len(batch) - 1), again + int((together * (together - 1)).sum())
+    assert again < 0.25 * met
+
+
+def test_token_batches_pad_little_and_are_nearly_full() -> None:
+    lengths = lengths_of(3001)
+    for epoch in range(3):
+        batches = token_batches(lengths, 1024, 0, epoch)
+        assert padding(lengths, batches) < 0.08
+        assert sum(len(batch) * int(lengths[batch].max()) for batch in batches) > 0.9 * 1024 * len(batches)
+
+
+def test_the_order_of_token_batches_does_not_follow_length() -> None:
+    lengths = lengths_of(3001)
+    longest = [int(lengths[batch].max()) for batch in token_batches(lengths, 512, 0, 0)]
+    rises = int((np.diff(longest) > 0).sum())
+    assert 0.3 < rises / len(longest) < 0.7
+
+
+def test_rows_longer_than_the_budget_are_token_batches_of_their_own() -> None:
+    batches = as_lists(token_batches(np.array([3, 50, 4, 3, 60]), 10, 0, 0))
+    assert [1] in batches
+    assert [4] in batches
+    assert as_lists(token_batches(np.full(5, 7), 1, 0, 0)) != [[0], [1], [2], [3], [4]]
+    assert sorted(as_lists(token_batches(np.full(5, 7), 1, 0, 0))) == [[0], [1], [2], [3], [4]]
+
+
+def test_a_job_chooses_rows_or_tokens_and_its_seed_counts() -> None:
+    lengths = lengths_of(300)
+
+    def made(**changes: object) -> list[list[int]]:
+        return as_lists(batches_of(lengths, validate(TrainConfig, changes, "train"), 1))
+
+    assert made(batch_size=8, seed=4) == as_lists(epoch_batches(lengths, 8, 4, 1))
+    tokens = {"mode": "tokens", "max_tokens": 700}
+    assert made(batch_size=8, seed=4, batching=tokens) == as_lists(token_batches(lengths, 700, 4, 1))
+    assert made(batching=tokens, seed=5) != made(batching=tokens, seed=4)
+    assert made(batching={"mode": "rows", "max_tokens": 1}, batch_size=8, seed=4) == made(batch_size=8, seed=4)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 3])

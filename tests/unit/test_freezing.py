@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import pytest
 import transformers
 
-from banjoray.config.train import Freeze, FreezeLayers, FreezePatterns
+from banjoray.config.train import Freeze, FreezeBitfit, FreezeLayers, FreezePatterns
 from banjoray.errors import ModelError
-from banjoray.models.blocks import find_blocks
+from banjoray.models.blocks import find_blocks, heights
 from banjoray.models.freezing import freeze_parameters, frozen_names
 from banjoray.models.loading import sketch
 from banjoray.tasks.text_classification import TextClassification
@@ -124,7 +124,8 @@ def test_blocks_are_found_whatever_the_family_calls_them(model_of: ModelOf, arch
     assert (blocks.depth, blocks.shared) == ((1, True) if architecture == "albert" else (DEPTH, False))
 
 
-def test_the_encoder_is_the_stack_of_an_encoder_decoder() -> None:
+def encoder_decoder() -> Any:
+    """A BART with two blocks below four."""
     config = transformers.BartConfig(
         vocab_size=9,
         d_model=8,
@@ -134,10 +135,23 @@ def test_the_encoder_is_the_stack_of_an_encoder_decoder() -> None:
         decoder_attention_heads=1,
     )
     config.num_labels = 2
-    assert (find_blocks(sketch(config, TextClassification())).stack) == "encoder.layers"
+    return sketch(config, TextClassification())
 
 
-def test_a_model_without_blocks_is_refused() -> None:
+def test_the_encoder_is_the_stack_of_an_encoder_decoder() -> None:
+    assert find_blocks(encoder_decoder()).stack == "encoder.layers"
+
+
+@pytest.mark.parametrize("freeze", ["embeddings", FreezeLayers(layers=2)], ids=str)
+def test_the_decoder_of_an_encoder_decoder_is_not_below_the_encoder(freeze: Freeze) -> None:
+    model = encoder_decoder()
+    freeze_parameters(model, freeze)
+    assert {name for name in frozen(model) if "decoder" in name} == set()
+    assert {"model.shared.weight", "model.encoder.embed_positions.weight"} < frozen(model)
+
+
+def flat() -> Any:
+    """A model without blocks."""
     from torch import nn
 
     class Flat(nn.Module):
@@ -148,8 +162,82 @@ def test_a_model_without_blocks_is_refused() -> None:
             super().__init__()
             self.flat = self.base_model = nn.Sequential(nn.Linear(2, 2))
 
-    with pytest.raises(ModelError, match="freeze: Sequential has no list of blocks; use none, backbone or patterns"):
-        find_blocks(Flat())
+    return Flat()
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"^freeze: Sequential has no list of blocks; use none, backbone or patterns$"):
+        find_blocks(flat())
+    with pytest.raises(ModelError, match=r"^train\.layerwise_lr_decay: Sequential has no list of blocks; use 1\.0$"):
+        heights(flat())
+
+
+@pytest.mark.parametrize("architecture", CUTTABLE)
+def test_heights_count_blocks_from_the_top(model_of: ModelOf, architecture: str) -> None:
+    model, family = model_of(architecture), FAMILIES[architecture]
+    found = heights(model)
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    for name, height in found.items():
+        block = re.match(family.block, name)
+        if block:
+            assert height == DEPTH - int(block.group(1)), name
+        else:
+            assert height == (DEPTH + 1 if re.match(family.embeddings, name) else 0), name
+    assert set(found.values()) == set(range(DEPTH + 2))
+
+
+def test_heights_of_shared_blocks_are_one_and_two(model_of: ModelOf) -> None:
+    for name, height in heights(model_of("albert")).items():
+        expected = 2 if re.match(FAMILIES["albert"].embeddings, name) else 1 if "albert_layer" in name else 0
+        assert height == expected, name
+
+
+def test_heights_of_several_shared_groups_are_one_too() -> None:
+    config = transformers.AlbertConfig(
+        vocab_size=9,
+        embedding_size=8,
+        hidden_size=8,
+        num_hidden_layers=4,
+        num_hidden_groups=2,
+        num_attention_heads=1,
+        intermediate_size=8,
+    )
+    assert set(heights(sketch(config, TextClassification())).values()) == {0, 1, 2}
+
+
+def test_heights_of_an_encoder_decoder_are_those_of_its_encoder() -> None:
+    found = heights(encoder_decoder())
+    assert {height for name, height in found.items() if "decoder." in name or "head" in name} == {0}
+    assert {height for name, height in found.items() if "encoder.layers.0." in name} == {2}
+    assert {height for name, height in found.items() if "encoder.layers.1." in name} == {1}
+    assert found["model.shared.weight"] == 3
+
+
+def test_heights_of_a_model_without_head(bases: Mapping[str, Path]) -> None:
+    found = heights(transformers.AutoModel.from_pretrained(bases["bert"]))
+    assert found["embeddings.word_embeddings.weight"] == DEPTH + 1
+    assert found["encoder.layer.0.output.dense.bias"] == DEPTH
+    assert found["pooler.dense.weight"] == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bitfit_trains_biases_and_the_head(model_of: ModelOf, architecture: str) -> None:
+    model, base = model_of(architecture), FAMILIES[architecture].base
+    freeze_parameters(model, FreezeBitfit(bitfit=True))
+    trained = names(model) - frozen(model)
+    assert trained == {name for name in names(model) if name.endswith(".bias") or not name.startswith(base)}
+    assert {name for name in trained if not name.startswith(base)}
+    assert {name for name in trained if name.startswith(base)}
+
+
+def test_bitfit_of_a_base_without_biases_is_refused_with_what_to_do() -> None:
+    config = transformers.T5Config(vocab_size=9, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    with pytest.raises(ModelError) as caught:
+        freeze_parameters(sketch(config, TextClassification()), FreezeBitfit(bitfit=True))
+    assert str(caught.value) == (
+        "freeze.bitfit: the base model of T5ForSequenceClassification has no biases; "
+        "use backbone to train the head alone, or an adapter"
+    )
 
 
 @pytest.mark.parametrize("prefix", ["bert.", ""], ids=["whole name", "name inside the base"])
@@ -178,7 +266,14 @@ def test_freezing_everything_is_refused(model_of: ModelOf) -> None:
         freeze_parameters(model_of("bert"), FreezePatterns(patterns=["*"]))
 
 
-FREEZES: list[Freeze] = ["none", "embeddings", "backbone", FreezeLayers(layers=2), FreezePatterns(patterns=["*bias"])]
+FREEZES: list[Freeze] = [
+    "none",
+    "embeddings",
+    "backbone",
+    FreezeLayers(layers=2),
+    FreezePatterns(patterns=["*bias"]),
+    FreezeBitfit(bitfit=True),
+]
 
 
 @pytest.mark.parametrize("freeze", FREEZES, ids=str)

@@ -4,16 +4,24 @@ The order of rows is a pure function of (seed, epoch, lengths): it does not know
 so that two workers see together what one would have seen alone, and a resumed run goes on at the same row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from banjoray.config.train import TrainConfig
 from banjoray.data.tokens import Tokens
 
 # Rows are shuffled, then sorted by length within groups of this many batches. Larger groups pad less and
 # shuffle less; at most 50 batches, and at least 4 groups, is what transformers' LengthGroupedSampler uses.
 GROUP_BATCHES = 50
 GROUPS = 4
+
+
+def batches_of(lengths: np.ndarray, train: TrainConfig, epoch: int) -> list[np.ndarray]:
+    """The global batches of an epoch, as ``train.batching`` wants them; in mode tokens their number varies by epoch."""
+    if train.batching.mode == "tokens":
+        return token_batches(lengths, train.batching.max_tokens, train.seed, epoch)
+    return epoch_batches(lengths, train.batch_size, train.seed, epoch)
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -30,6 +38,40 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
         group = group[np.argsort(-lengths[group], kind="stable")]
         batches.extend(group[first : first + batch_size] for first in range(0, len(group), batch_size))
     return [batches[number] for number in generator.permutation(len(batches))]
+
+
+def token_batches(lengths: np.ndarray, max_tokens: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The global batches of an epoch whose padded size (rows x longest) is at most ``max_tokens``.
+
+    Rows of a batch are of similar length, longest first; the order of batches is shuffled. A row that is longer than
+    ``max_tokens`` is a batch of its own. How many batches there are differs a little from epoch to epoch.
+    """
+    # Groups as in epoch_batches, sorted down and up in turn, so that no batch ends short where a group does. On 16,000
+    # emotion texts and 4,096 tokens this pads 5.3 %, and 17 % of the rows that meet meet again in the next epoch (26 %
+    # in the worst batch); one sort over all rows, ties shuffled, pads 1.7 %, but 37 % (84 %) meet again.
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    if not len(order):
+        return []
+    rows = min(GROUP_BATCHES * max_tokens / max(1.0, float(lengths.mean())), len(order) / GROUPS)
+    size = max(1, int(rows))
+    for number, start in enumerate(range(0, len(order), size)):
+        group = order[start : start + size]
+        direction = 1 if number % 2 else -1
+        order[start : start + size] = group[np.argsort(direction * lengths[group], kind="stable")]
+    batches = [batch[np.argsort(-lengths[batch], kind="stable")] for batch in _filled(order, lengths, max_tokens)]
+    return [batches[number] for number in generator.permutation(len(batches))]
+
+
+def _filled(order: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+    """``order`` cut into batches, each as long as ``max_tokens`` padded tokens allow and at least one row long."""
+    start = longest = 0
+    for end, length in enumerate(lengths[order].tolist()):
+        longest = max(longest, length)
+        if end > start and longest * (end + 1 - start) > max_tokens:
+            yield order[start:end]
+            start, longest = end, length
+    yield order[start:]
 
 
 def shares(batch: np.ndarray, workers: int, microbatches: int) -> list[list[np.ndarray]]:

@@ -34,6 +34,20 @@ def _cell(count: int, right: bool) -> str:
     return f"[bold green]{count}[/bold green]" if right else str(count)
 
 
+def profile_table(profile: Mapping[str, float]) -> Table:
+    """Where the time of a run went: seconds and share of every phase, the longest first."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("phase")
+    for column in ("seconds", "share"):
+        table.add_column(column, justify="right")
+    total = sum(profile.values())
+    for phase, seconds in sorted(profile.items(), key=lambda entry: -entry[1]):
+        table.add_row(phase, f"{seconds:.1f}", f"{seconds / total:.1%}" if total else "-")
+    table.add_section()
+    table.add_row("all", f"{total:.1f}", "")
+    return table
+
+
 def versions_table(versions: Sequence[ModelVersion], aliases: Mapping[str, int]) -> Table:
     """One line per version: where aliases point, what it scored, where it came from."""
     table = Table(box=SIMPLE_HEAD)

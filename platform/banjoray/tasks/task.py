@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from banjoray.config.job import JobConfig
 from banjoray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,13 @@ class Task(Protocol):
     """The transformers class that loads a model for this task."""
     metrics: tuple[str, ...]
     """Names of the metrics in a score; every one may be asked for in a job file."""
+
+    def losses(self, outputs: Any, targets: "Tensor", smoothing: float) -> "Tensor":
+        """The loss of every row (rows,), fp32, of a model's outputs against ``targets`` (rows,), in nats.
+
+        ``smoothing`` is the share of each target that is spread over all labels.
+        """
+        ...
 
     def score(self, outputs: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> Score:
         """The score of raw model outputs, one row each, in the order of ``targets``."""

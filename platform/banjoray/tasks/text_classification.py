@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from banjoray.errors import RequestError
 from banjoray.tasks.task import Score
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SHAPES = 'a text, a list of texts, {"text": ..., "text_pair": ...}, or a list of those'
 
@@ -18,6 +21,12 @@ class TextClassification:
     name = "text-classification"
     auto_model = "AutoModelForSequenceClassification"
     metrics: tuple[str, ...] = ("accuracy", "f1_macro", "f1_weighted", "loss")
+
+    def losses(self, outputs: Any, targets: "Tensor", smoothing: float) -> "Tensor":
+        """Cross-entropy of ``outputs.logits`` (rows, labels)."""
+        from torch.nn import functional
+
+        return functional.cross_entropy(outputs.logits.float(), targets, reduction="none", label_smoothing=smoothing)
 
     def score(self, outputs: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> Score:
         """Accuracy, F1 and mean cross-entropy (nats) of logits (rows, labels) against label ids (rows,).

@@ -1,7 +1,7 @@
 """Checkpoints of one run: complete or absent, the best and the newest kept.
 
 <run>/checkpoints/step-00000038/
-    model/                   a Hugging Face folder (safetensors, tokenizer) and the resolved job.yaml
+    weights.safetensors      what training changes, whole, by name; frozen weights are the base model's
     optimizer.safetensors    AdamW's moments, whole, by parameter name: any number of workers can go on
     checkpoint.json          where the run stood, and the digest of every file; written last
 """
@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from banjoray.errors import TrainingFailed
 
 MANIFEST = "checkpoint.json"
+MICROBATCHES = "microbatches.json"
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Position:
     """Where a run stands: ``step`` optimizer steps are done, the next batch is ``batch`` of ``epoch``.
 
     ``loss`` sums the losses of the steps done in this epoch; ``history`` has one entry per finished epoch: its metrics
-    and training loss.
+    and training loss. ``skipped`` steps changed nothing, ``broken`` of them since their loss or gradients were no numbers
+    (the others look for fp16's loss scale); ``decay`` is the number by which weight decay has multiplied
+    the rows of a word table that no text uses.
     """
 
     step: int = 0
@@ -37,15 +41,22 @@ class Position:
     batch: int = 0
     loss: float = 0.0
     history: tuple[dict[str, float], ...] = ()
+    skipped: int = 0
+    broken: int = 0
+    decay: float = 1.0
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint; ``metrics`` is empty for one taken inside an epoch."""
+    """A complete checkpoint; ``metrics`` is empty for one taken inside an epoch.
+
+    ``frozen`` is the digest of the weights that are not in it.
+    """
 
     name: str
     position: Position
     metrics: dict[str, float]
+    frozen: str
     files: dict[str, str] = field(repr=False)
 
 
@@ -68,7 +79,7 @@ class Store:
                 self._warn(f"checkpoint {path.split('/')[-2]} is torn ({MANIFEST}: {error}); using the one before")
                 continue
             position = Position(**saved["position"] | {"history": tuple(saved["position"]["history"])})
-            found.append(Checkpoint(path.split("/")[-2], position, saved["metrics"], saved["files"]))
+            found.append(Checkpoint(**saved | {"name": path.split("/")[-2], "position": position}))
         return sorted(found, key=lambda checkpoint: checkpoint.name)
 
     def newest_whole(self) -> Checkpoint | None:
@@ -88,7 +99,9 @@ class Store:
         sign = 1 if mode == "max" else -1
         return max(scored, key=lambda checkpoint: sign * checkpoint.metrics[metric], default=None)
 
-    def save(self, position: Position, metrics: Mapping[str, float], write: Callable[[Path], None]) -> Checkpoint:
+    def save(
+        self, position: Position, metrics: Mapping[str, float], frozen: str, write: Callable[[Path], None]
+    ) -> Checkpoint:
         """A new checkpoint with the files that ``write`` puts into the folder it is given.
 
         Raises TrainingFailed if the disk is full; earlier checkpoints stay whole.
@@ -100,7 +113,7 @@ class Store:
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=parent))
         try:
             write(staging)
-            checkpoint = Checkpoint(name, position, dict(metrics), _digests(staging))
+            checkpoint = Checkpoint(name, position, dict(metrics), frozen, _digests(staging))
             (staging / MANIFEST).write_text(json.dumps(asdict(checkpoint), indent=1))
             self._publish(staging, name)
         # A full disk is an OSError from Python, and a SafetensorError from safetensors.
@@ -130,8 +143,35 @@ class Store:
         others = [checkpoint.name for checkpoint in self.all() if checkpoint != best]
         kept = {best.name, *others[-(keep - 1) :]} if best else set(others[-keep:])
         for path in self._filesystem.ls(self.root, detail=False):
-            if path.rstrip("/").rsplit("/", 1)[-1] not in kept:
+            if path.rstrip("/").rsplit("/", 1)[-1] not in {*kept, MICROBATCHES}:
                 self._filesystem.rm(path, recursive=True)
+
+    def make_room(self, metric: str, mode: str, incoming: int, budget: int) -> None:
+        """Delete the oldest checkpoints until ``incoming`` bytes more are within ``budget``.
+
+        The best and the newest stay: with them a run can go on and end.
+        """
+        whole = self.all()
+        sizes = {
+            checkpoint.name: sum(self._filesystem.size(f"{self.root}/{checkpoint.name}/{f}") for f in checkpoint.files)
+            for checkpoint in whole
+        }
+        best = self.best(metric, mode)
+        for checkpoint in whole[:-1]:
+            if sum(sizes.values()) + incoming > budget and checkpoint != best:
+                self._filesystem.rm(f"{self.root}/{checkpoint.name}", recursive=True)
+                del sizes[checkpoint.name]
+
+    def microbatches(self, at_least: int) -> int:
+        """Into how many microbatches a worker cuts its part of a batch: ``at_least`` so many, more after a failure."""
+        path = f"{self.root}/{MICROBATCHES}"
+        noted = json.loads(self._filesystem.cat_file(path)) if self._filesystem.exists(path) else at_least
+        return max(at_least, int(noted))
+
+    def note_microbatches(self, count: int) -> None:
+        """Make every later start of this run cut its batches into at least ``count`` microbatches."""
+        self._filesystem.makedirs(self.root, exist_ok=True)
+        self._filesystem.pipe_file(f"{self.root}/{MICROBATCHES}", str(count).encode())
 
     def local(self, checkpoint: Checkpoint) -> Path:
         """A local folder with the checkpoint's files: the folder itself, or a download."""
@@ -152,6 +192,34 @@ class Store:
                 if _sha256(file) != digest:
                     return f"{name} differs from its digest"
         return None
+
+
+class Saver:
+    """Writes checkpoints while training goes on: one at a time, in the order in which they were made.
+
+    Used as a context: at its end what was begun is written.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="banjoray-checkpoint")
+        self._pending: Future[None] | None = None
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Do ``work`` beside the caller; first wait for what was begun before, and raise what it raised."""
+        self.settle()
+        self._pending = self._pool.submit(work)
+
+    def settle(self) -> None:
+        """Wait until everything is written; raises TrainingFailed if it could not be."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._pool.shutdown(wait=True)
 
 
 def _digests(folder: Path) -> dict[str, str]:

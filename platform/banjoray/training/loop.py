@@ -6,7 +6,8 @@ which rows it sees on (seed, epoch) alone; so a run that goes on from a checkpoi
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,231 +15,316 @@ import numpy as np
 import torch
 
 from banjoray.config.job import JobConfig
-from banjoray.data.batches import epoch_batches, padded, shares
-from banjoray.data.tokens import Tokens
-from banjoray.errors import TrainingFailed
+from banjoray.data.batches import batches_of, padded, shares
+from banjoray.errors import ConfigError, OutOfMemory, TrainingFailed
+from banjoray.models.vocabulary import narrow
 from banjoray.tasks.task import Task
-from banjoray.training.checkpoints import Checkpoint, Position, Store
+from banjoray.training.checkpoints import Checkpoint, Position, Saver, Store
+from banjoray.training.clock import Clock
+from banjoray.training.dropout import FastDropout
+from banjoray.training.interface import Callbacks, FitResult, Moment, Rows, Start
+from banjoray.training.learned import Learned, digest, load
+from banjoray.training.objective import Objective
+from banjoray.training.optimizer import rate_scales
+from banjoray.training.pulse import Beat, Pulse
 from banjoray.training.scoring import outputs, to_tensors
 from banjoray.training.strategies import Strategy, build, choose_precision
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What `fit` learns from, and is steered by."""
-
-    train: Tokens
-    validation: Tokens
-    labels: tuple[str, ...]
-    pad_id: int
-
-
-@dataclass(frozen=True)
-class Moment:
-    """How far a run is, for people who watch it. ``loss`` is that of the last step, in nats per row."""
-
-    step: int
-    steps: int
-    epoch: int
-    epochs: int
-    loss: float
-    learning_rate: float
-    rows_per_s: float
-    padding: float
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What `fit` leaves behind, equal on every worker.
-
-    ``seconds`` is the time of this call, evaluation and checkpoints included; ``rows_per_s`` counts training steps
-    only. A resumed run reports both for the part since it was resumed.
-    """
-
-    checkpoint: Checkpoint
-    steps: int
-    seconds: float
-    rows_per_s: float
-    precision: str
-
-
-@dataclass(frozen=True)
-class Callbacks:
-    """Where `fit` tells what it does.
-
-    ``report`` gets the metrics of every finished epoch, on every worker; ``watch`` gets a `Moment` per step, on
-    rank 0; ``should_stop`` is asked after every epoch, on every worker, and must answer all of them alike.
-    """
-
-    report: Callable[[dict[str, float]], None] = lambda metrics: None
-    watch: Callable[[Moment], None] = lambda moment: None
-    should_stop: Callable[[], bool] = lambda: False
-
-
-@dataclass(frozen=True)
-class Start:
-    """What `fit` starts from: a way to the model (given a folder of weights, or None for the base) and a tokenizer."""
-
-    model: Callable[[Path | None], torch.nn.Module]
-    tokenizer: Any
 
 
 def fit(job: JobConfig, rows: Rows, task: Task, start: Start, run: str, callbacks: Callbacks) -> FitResult:
     """Train to the end from the newest whole checkpoint of ``run`` (a folder or URL), or from the base model.
 
-    Raises TrainingFailed: a loss that is not a number (with the step and rows), a full disk.
+    Where a microbatch does not fit into a GPU's memory, a single worker starts again with halves of it; of several
+    workers all have to, so each raises. Raises TrainingFailed: too many steps without numbers (with the step and
+    rows), a full disk, a worker that fell silent; OutOfMemory.
     """
-    began = time.perf_counter()
     notes: list[str] = []
+    while True:
+        try:
+            return _fit(job, rows, task, start, run, callbacks, notes)
+        except OutOfMemory as error:
+            if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+                raise
+            notes.append(str(error))
+
+
+def _fit(
+    job: JobConfig, rows: Rows, task: Task, start: Start, run: str, calls: Callbacks, notes: list[str]
+) -> FitResult:
+    began = time.perf_counter()
     store = Store(run, notes.append)
     found = _agree(store.newest_whole)
     folder = store.local(found) if found else None
+    job = _microbatched(job, _agree(lambda: store.microbatches(job.train.gradient_accumulation_steps)), notes)
     choice = choose_precision(job.train.precision, job.scale.gpus_per_worker > 0)
     # from_pretrained hands out models in evaluation mode, without dropout.
-    model = start.model(folder / "model" if folder else None).train()
-    strategy = build(job, model, choice.precision)
-    session = _Session(job, rows, task, start.tokenizer, strategy, store, callbacks)
-    notes.append(f"precision {choice.precision}: {choice.reason}")
+    model = start.model().train()
+    ids = (part.streams["input_ids"] for part in (rows.train, rows.validation))
+    learned = Learned.of(model, narrow(model, ids))
     if found and folder:
-        session.resume(found, folder)
-        notes.append(f"going on from {found.name}")
-    session.note = "; ".join(notes)
-    best = session.run()
-    return FitResult(best, session.steps, time.perf_counter() - began, session.rows_per_s, choice.precision)
+        load(model, folder, learned.vocabulary, found.position.decay)
+    if job.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    strategy = build(job, model, choice.precision)
+    with Saver() as saver:
+        session = _Session(job, rows, task, strategy, store, saver, learned, calls)
+        notes.append(f"precision {choice.precision}: {choice.reason}")
+        if found and folder:
+            session.resume(found, folder)
+            notes.append(f"going on from {found.name}")
+        session.note = "; ".join(notes)
+        try:
+            best = session.run()
+        except RuntimeError as error:
+            raise (session.pulse.blame(error) or error) from error
+    seconds = time.perf_counter() - began
+    told = session.profile()
+    return FitResult(best, session.step, seconds, session.rows_per_s, choice.precision, session.stopped, told)
+
+
+def _microbatched(job: JobConfig, count: int, notes: list[str]) -> JobConfig:
+    """The job with at least ``count`` microbatches per worker and step; raises TrainingFailed below one row each."""
+    if count == job.train.gradient_accumulation_steps:
+        return job
+    notes.append(f"{count} microbatches per step, since larger ones did not fit into memory")
+    try:
+        return job.with_values({"train.gradient_accumulation_steps": count})
+    except ConfigError:
+        raise TrainingFailed(
+            "a microbatch of one row does not fit into memory; lower data.max_length, or set "
+            "train.gradient_checkpointing=true, an adapter, or scale.strategy=zero3"
+        ) from None
 
 
 class _Session:
     """The state of one `fit`: where it stands, and how fast it was."""
 
     def __init__(
-        self, job: JobConfig, rows: Rows, task: Task, tokenizer: Any, strategy: Strategy, store: Store, calls: Callbacks
+        self,
+        job: JobConfig,
+        rows: Rows,
+        task: Task,
+        strategy: Strategy,
+        store: Store,
+        saver: Saver,
+        learned: Learned,
+        calls: Callbacks,
     ) -> None:
-        self._job, self._rows, self._task, self._tokenizer = job, rows, task, tokenizer
-        self._strategy, self._store, self._calls = strategy, store, calls
+        self._job, self._rows, self._task, self._calls = job, rows, task, calls
+        self._strategy, self._store, self._saver, self._learned = strategy, store, saver, learned
+        self._objective = Objective(job, task, rows.train.targets, rows.labels)
         self._position = Position()
-        self._trained_rows, self._trained_seconds = 0, 0.0
-        self._per_epoch = len(epoch_batches(rows.train.lengths, job.train.batch_size, job.train.seed, 0))
-        self.steps = self._per_epoch * job.train.epochs
+        self._trained_rows = 0
+        self.steps = sum(len(batches_of(rows.train.lengths, job.train, epoch)) for epoch in range(job.train.epochs))
         self._factor = _schedule(job, self.steps)
-        self.note = ""
+        # By which the rows of a word table that no text uses shrink, per learning rate.
+        name = learned.vocabulary.name if learned.vocabulary else ""
+        self._shrink = job.train.weight_decay * rate_scales(job, strategy.module).get(name, 0.0)
+        cuda = strategy.device.type == "cuda"
+        self._clock = Clock(torch.cuda.synchronize) if cuda and calls.exact else Clock()
+        self._draws = not (cuda or job.train.gradient_checkpointing or job.train.torch_compile == "on")
+        self.pulse = Pulse(strategy.rank, strategy.workers, strategy.device, job.scale.collective_timeout_s)
+        self._frozen = self._digest_of_frozen()
+        self.note, self.stopped = "", False
+
+    @property
+    def step(self) -> int:
+        """How many optimizer steps are done."""
+        return self._position.step
 
     @property
     def rows_per_s(self) -> float:
-        return self._trained_rows / self._trained_seconds if self._trained_seconds else 0.0
+        spent = self._clock.seconds["step"]
+        return self._trained_rows / spent if spent else 0.0
+
+    def profile(self) -> dict[str, float]:
+        """Phase -> seconds; phases follow each other."""
+        told = dict(self._clock.seconds)
+        whole = told.pop("step", 0.0)
+        told["backward"] = told.pop("gradients", 0.0) - told.get("forward", 0.0)
+        steps = ("collate", "forward", "backward", "optimizer", "exchange")
+        return told | {"other": whole - sum(told.get(phase, 0.0) for phase in steps)}
 
     def resume(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Go on from a checkpoint; its weights are in the model already."""
         from safetensors.torch import load_file
 
-        self._strategy.restore(load_file(folder / "optimizer.safetensors"), checkpoint.position.step)
-        self._position = checkpoint.position
+        position = checkpoint.position
+        self._strategy.restore(load_file(folder / "optimizer.safetensors"), position.step - position.skipped)
+        self._position = position
 
     def run(self) -> Checkpoint:
-        """All epochs that are left; the best checkpoint of the run."""
+        """All epochs that are left; the best checkpoint of the run, or the newest if it was stopped."""
         train = self._job.train
-        while self._position.epoch < train.epochs:
+        while self._position.epoch < train.epochs and not self._stagnant() and not self.stopped:
             self._epoch()
-            if self._calls.should_stop():
-                break
-        best: Checkpoint | None = _agree(lambda: self._store.best(train.metric, train.mode))
-        if best is None:
-            raise TrainingFailed(
-                f"no scored checkpoint in {self._store.root}; it was emptied while the run wrote to it"
-            )
-        return best
+        if self._digest_of_frozen() != self._frozen:
+            raise TrainingFailed("frozen weights have changed in training; this is a bug in banjoray, please report it")
+        with self._clock("checkpoint"):
+            self._saver.settle()
+        found: Checkpoint | None = _agree(
+            self._store.newest_whole if self.stopped else lambda: self._store.best(train.metric, train.mode)
+        )
+        if found is None:
+            raise TrainingFailed(f"no checkpoint in {self._store.root}; it was emptied while the run wrote to it")
+        return found
+
+    def _stagnant(self) -> bool:
+        """Whether the metric has not improved for as many epochs as the job has patience."""
+        train = self._job.train
+        scores = [entry[train.metric] * (1 if train.mode == "max" else -1) for entry in self._position.history]
+        patience = train.early_stopping_patience
+        return patience is not None and len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
 
     def _epoch(self) -> None:
-        """The rest of the current epoch, then a score and a checkpoint."""
-        train, position = self._job.train, self._position
-        batches = epoch_batches(self._rows.train.lengths, train.batch_size, train.seed, position.epoch)
-        for number in range(position.batch, len(batches)):
-            loss = self._position.loss + self._step(batches[number])
-            self._position = replace(self._position, step=self._position.step + 1, batch=number + 1, loss=loss)
+        """The rest of the current epoch, then a score and a checkpoint; less if the run is told to end."""
+        train, epoch = self._job.train, self._position.epoch
+        batches = batches_of(self._rows.train.lengths, train, epoch)
+        for number in range(self._position.batch, len(batches)):
+            with self._clock("step"):
+                beat = self._step(batches[number], number)
+            last = number + 1 == len(batches)
             every = train.checkpoint_every
-            if every != "epoch" and self._position.step % every == 0 and number + 1 < len(batches):
+            if not last and (beat.stop or (every != "epoch" and self._position.step % every == 0)):
                 self._checkpoint({})
-        metrics = self._evaluate()
-        entry = metrics | {"epoch": position.epoch + 1, "train_loss": self._position.loss / len(batches)}
-        history = (*self._position.history, entry)
-        self._position = Position(self._position.step, position.epoch + 1, history=history)
+            if beat.stop and not last:
+                self.stopped = True
+                return
+        with self._clock("evaluate"):
+            metrics = self._evaluate()
+        entry = metrics | {"epoch": epoch + 1, "train_loss": self._position.loss / len(batches)}
+        position, history = self._position, (*self._position.history, entry)
+        self._position = replace(position, epoch=epoch + 1, batch=0, loss=0.0, history=history)
         self._checkpoint(metrics)
-        self._calls.report(entry)
+        if self._strategy.rank == 0:
+            self._calls.scored(position.step, entry)
+        with self._clock("report"):
+            self._calls.report(entry)
 
-    def _step(self, batch: np.ndarray) -> float:
-        """One optimizer step over a global batch; its loss, in nats per row."""
-        began = time.perf_counter()
+    def _step(self, batch: np.ndarray, number: int) -> Beat:
+        """One optimizer step over a global batch, batch ``number`` of its epoch."""
         strategy, position = self._strategy, self._position
         rate = self._job.train.learning_rate * self._factor(position.step)
-        _seed(self._job.train.seed, position.step, strategy.rank)
-        mine = shares(batch, strategy.workers, self._job.train.gradient_accumulation_steps)[strategy.rank]
-        loss, cells = 0.0, 0
-        for number, part in enumerate(mine):
-            # A worker with no rows left still takes part in the exchange: one row, of no weight.
-            chosen = part if len(part) else batch[:1]
-            inputs = padded(self._rows.train, chosen, self._rows.pad_id)
-            cells += inputs["input_ids"].size
-            inputs["labels"] = self._rows.train.targets[chosen]
-            tensors = to_tensors(inputs, strategy.device)
-            loss += strategy.gradients(tensors, len(part) / len(batch), last=number + 1 == len(mine))
-        strategy.step(rate)
-        if not np.isfinite(loss):
-            raise TrainingFailed(_not_a_number(loss, position.step, batch, rate))
+        self.pulse.mark(position.step, 0)
+        try:
+            loss, padding = self._gradients(batch)
+            with self._clock("optimizer"):
+                norm = strategy.step(rate)
+        except torch.OutOfMemoryError as error:
+            raise self._smaller(error) from error
+        with self._clock("exchange"):
+            beat = self.pulse.exchange(loss, self._calls.should_stop())
+        # Under fp16 an overflow is how the loss scale finds its place.
+        broken = not (np.isfinite(beat.loss) and (np.isfinite(norm) or self._fp16))
+        if broken and position.broken >= self._job.train.max_skipped_steps:
+            raise TrainingFailed(self._not_a_number(beat.loss, norm, batch, rate))
+        moved = np.isfinite(norm) and not broken
+        self._position = replace(
+            position,
+            step=position.step + 1,
+            batch=number + 1,
+            loss=position.loss + (0.0 if broken else beat.loss),
+            skipped=position.skipped + (not moved),
+            broken=position.broken + broken,
+            decay=position.decay * (1 - rate * self._shrink if moved else 1),
+        )
         self._trained_rows += len(batch)
-        self._trained_seconds += time.perf_counter() - began
-        tokens = sum(int(self._rows.train.lengths[part].sum()) for part in mine)
-        self._watch(loss * strategy.workers, rate, cells, tokens)
-        return loss * strategy.workers
+        self._watch(beat.loss, rate, padding, norm)
+        return beat
 
-    def _watch(self, loss: float, rate: float, cells: int, tokens: int) -> None:
+    def _gradients(self, batch: np.ndarray) -> tuple[torch.Tensor, float]:
+        """This worker's share of a batch forward and backward: its loss, and its share of padding."""
+        strategy, train = self._strategy, self._rows.train
+        draws = _seeded(self._job.train.seed, self._position.step, strategy.rank)
+        dropout = FastDropout(draws) if self._draws else nullcontext()
+        total = self._objective.total(batch)
+        mine = shares(batch, strategy.workers, self._job.train.gradient_accumulation_steps)[strategy.rank]
+        losses: list[torch.Tensor] = []
+        cells, tokens = 0, 0
+        for number, part in enumerate(mine):
+            with self._clock("collate"):
+                # A worker with no rows left still takes part in the exchange: one row, of no weight.
+                chosen = part if len(part) else batch[:1]
+                inputs = padded(train, chosen, self._rows.pad_id)
+                cells, tokens = cells + inputs["input_ids"].size, tokens + int(train.lengths[chosen].sum())
+                tensors = to_tensors(inputs, strategy.device)
+                loss = self._objective.share(chosen, total, empty=not len(part))
+            last = number + 1 == len(mine)
+
+            def forward(module: Any, tensors: Any = tensors, loss: Any = loss, last: bool = last) -> torch.Tensor:
+                with self._clock("forward"), dropout:
+                    found: torch.Tensor = loss(module(**tensors))
+                if last:
+                    self.pulse.mark(self._position.step, 1)
+                return found
+
+            with self._clock("gradients"):
+                losses.append(strategy.gradients(forward, last))
+        return torch.stack(losses).sum(), 1 - tokens / cells
+
+    def _smaller(self, error: Exception) -> OutOfMemory:
+        """Have the next start cut its microbatches in half."""
+        count = 2 * self._job.train.gradient_accumulation_steps
+        self._store.note_microbatches(count)
+        reason = str(error).splitlines()[0]
+        return OutOfMemory(f"step {self.step + 1} did not fit into memory ({reason}); next with {count} microbatches")
+
+    @property
+    def _fp16(self) -> bool:
+        return choose_precision(self._job.train.precision, self._strategy.device.type == "cuda").precision == "fp16"
+
+    def _watch(self, loss: float, rate: float, padding: float, norm: float) -> None:
         if self._strategy.rank == 0:
-            step, epochs = self._position.step + 1, self._job.train.epochs
-            padding = 1 - tokens / cells
-            epoch = self._position.epoch + 1
-            moment = Moment(step, self.steps, epoch, epochs, loss, rate, self.rows_per_s, padding, self.note)
-            self._calls.watch(moment)
+            at, epochs = self._position, self._job.train.epochs
+            told = (loss, rate, self.rows_per_s, padding, norm, self.note)
+            self._calls.watch(Moment(at.step, self.steps, at.epoch + 1, epochs, *told))
 
     def _evaluate(self) -> dict[str, float]:
         """Validation metrics over the rows of all workers, in fp32, whatever precision trains."""
-        strategy = self._strategy
+        strategy, rows = self._strategy, self._rows
         strategy.module.eval()
-        whole = outputs(
-            strategy.module,
-            self._rows.validation,
-            self._rows.pad_id,
-            strategy.device,
-            (strategy.rank, strategy.workers),
-        )
+        part = (strategy.rank, strategy.workers)
+        whole = outputs(strategy.module, rows.validation, rows.pad_id, strategy.device, part)
         strategy.module.train()
-        return self._task.score(whole, self._rows.validation.targets, self._rows.labels).metrics
+        return self._task.score(whole, rows.validation.targets, rows.labels).metrics
 
     def _checkpoint(self, metrics: dict[str, float]) -> None:
-        """Gather on every worker, write on rank 0, go on together."""
-        weights, moments = self._strategy.weights(), self._strategy.moments()
+        """Gather on every worker; rank 0 writes while training goes on."""
+        with self._clock("checkpoint"):
+            weights, moments = self._strategy.weights(self._learned.kept), self._strategy.moments()
+            if self._strategy.rank == 0:
+                position = self._position
+                self._saver.begin(lambda: self._save(position, metrics, weights, moments))
+
+    def _save(self, position: Position, metrics: dict[str, float], weights: Any, moments: Any) -> None:
+        import yaml
+        from safetensors.torch import save_file
 
         def write(folder: Path) -> None:
-            from safetensors.torch import save_file
-
-            save_model(self._strategy.module, weights, self._tokenizer, self._job, folder / "model")
+            self._learned.save(weights, folder)
             save_file(moments, folder / "optimizer.safetensors")
+            (folder / "job.yaml").write_text(yaml.safe_dump(self._job.to_json(), sort_keys=False), encoding="utf-8")
 
-        if self._strategy.rank == 0:
-            train = self._job.train
-            self._store.save(self._position, metrics, write)
-            self._store.prune(train.metric, train.mode, train.keep_checkpoints)
-        _agree(lambda: None)
+        train, store = self._job.train, self._store
+        if train.checkpoint_budget_gib:
+            incoming = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
+            store.make_room(train.metric, train.mode, incoming, int(train.checkpoint_budget_gib * 2**30))
+        store.save(position, metrics, self._frozen, write)
+        store.prune(train.metric, train.mode, train.keep_checkpoints)
 
+    def _digest_of_frozen(self) -> str:
+        """Of the weights that may not move; equal on every worker."""
+        found: str = digest(self._strategy.weights(self._learned.frozen))
+        return found
 
-def save_model(module: Any, weights: dict[str, torch.Tensor], tokenizer: Any, job: JobConfig, folder: Path) -> None:
-    """A folder that `from_pretrained` reads, with the resolved job beside the weights."""
-    import yaml
-
-    module.save_pretrained(folder, state_dict=weights)
-    if tokenizer.is_fast:
-        # Where it cut rows would be saved with it if it made the tokens, but not if they came from the cache.
-        tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.save_pretrained(folder)
-    (folder / "job.yaml").write_text(yaml.safe_dump(job.to_json(), sort_keys=False), encoding="utf-8")
+    def _not_a_number(self, loss: float, norm: float, batch: np.ndarray, rate: float) -> str:
+        rows = ", ".join(str(row + 1) for row in batch[:8])
+        skipped = f", after {self._position.broken} skipped steps" if self._position.broken else ""
+        return (
+            f"loss is {loss} and the gradients' norm {norm} at step {self.step + 1} (learning rate {rate:.2e}, train "
+            f"rows {rows}{', ...' * (len(batch) > 8)}){skipped}; lower train.learning_rate, set train.precision=fp32, "
+            "or look at these rows and set train.max_skipped_steps"
+        )
 
 
 def _schedule(job: JobConfig, steps: int) -> Callable[[int], float]:
@@ -252,17 +338,14 @@ def _schedule(job: JobConfig, steps: int) -> Callable[[int], float]:
     return factor
 
 
-def _seed(seed: int, step: int, rank: int) -> None:
-    """Dropout of a step depends on (seed, step, rank): nothing has to be saved to go on exactly."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+def _seeded(seed: int, step: int, rank: int) -> np.random.SFC64:
+    """A generator for a step's dropout, and torch's own for what else draws: of (seed, step, rank) alone.
 
-
-def _not_a_number(loss: float, step: int, batch: np.ndarray, rate: float) -> str:
-    rows = ", ".join(str(row + 1) for row in batch[:8])
-    return (
-        f"loss is {loss} at step {step + 1} (learning rate {rate:.2e}, train rows {rows}{', ...' * (len(batch) > 8)}); "
-        "lower train.learning_rate, or set train.precision=fp32"
-    )
+    So nothing has to be saved to go on exactly.
+    """
+    seeds = np.random.SeedSequence([seed, step, rank])
+    torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+    return np.random.SFC64(seeds)
 
 
 def _agree(decide: Callable[[], Any]) -> Any:

@@ -23,7 +23,8 @@ from banjoray.models.loading import (
     use_hub,
 )
 from banjoray.tasks.task import Task, check_metrics, task_for
-from banjoray.training.loop import Rows, Start
+from banjoray.training.interface import Rows, Start
+from banjoray.training.objective import row_weights
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,15 @@ def prepare(job: JobConfig) -> Ready:
     tokenizer = load_tokenizer(base)
     config = base_config(base, job, splits.labels, tokenizer.pad_token_id)
     _check_length(job, config)
-    trainable, weights = freeze_parameters(sketch(config, task, job.model.trust_remote_code), job.freeze)
+    trainable, weights = _shaped(job, sketch(config, task, job.model.trust_remote_code))
+    row_weights(job, splits.train.targets, splits.labels)
     cache = token_cache(job)
     train = cached_tokens(splits.train, tokenizer, job.data.max_length, cache)
     validation = cached_tokens(splits.validation, tokenizer, job.data.max_length, cache)
 
-    def model(folder: Path | None) -> Any:
-        source = base if folder is None else Base(str(folder), "", {"trust_remote_code": job.model.trust_remote_code})
-        loaded = load_for_training(source, config, task, job.train.seed)
-        freeze_parameters(loaded, job.freeze)
+    def model() -> Any:
+        loaded = load_for_training(base, config, task, job.train.seed)
+        _shaped(job, loaded)
         return loaded
 
     return Ready(
@@ -86,6 +87,17 @@ def prepare(job: JobConfig) -> Ready:
             if tokens.cut
         ),
     )
+
+
+def _shaped(job: JobConfig, model: Any) -> tuple[int, int]:
+    """Freeze, or put adapters in, as the job says; (trainable, all) as numbers of weights."""
+    if job.adapter is None:
+        return freeze_parameters(model, job.freeze)
+    from banjoray.models.adapters import attach
+
+    attach(model, job.adapter, job.freeze, job.train.seed)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def check_places(job: JobConfig) -> None:

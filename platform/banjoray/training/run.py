@@ -3,11 +3,12 @@
 import hashlib
 import logging
 import os
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,19 @@ import ray.train.torch
 
 import ray
 from banjoray.config.job import JobConfig, is_url, load_job
-from banjoray.errors import BanjorayError, BrokenVersion, ClusterError, ConfigError, GateRefused, TrainingFailed
-from banjoray.registry import ModelVersion, Registry
+from banjoray.errors import BanjorayError, ClusterError, ConfigError, Stopped, TrainingFailed
+from banjoray.registry import Registry
 from banjoray.tasks.task import Score
 from banjoray.training.checkpoints import Store
-from banjoray.training.loop import Callbacks, FitResult, Moment, fit
+from banjoray.training.export import export
+from banjoray.training.interface import Callbacks, FitResult, Moment
+from banjoray.training.loop import fit
 from banjoray.training.preflight import Ready, prepare
+from banjoray.training.registering import gate_and_register
 from banjoray.training.runs import Run, claim_run
 from banjoray.training.scoring import score_folder
-from banjoray.training.signals import kept_sigterm
-
-# A registered folder, loaded afresh, may differ from the run's own measurement by this much in any metric:
-# another batch shape rounds differently, which can turn a row that sits on the fence.
-TOLERANCE = 2e-3
+from banjoray.training.signals import catch_sigterm, kept_sigterm, sigterm_is_a_wish
+from banjoray.training.tracking import tracked
 
 # Ray Train (in the driver) and Ray Tune (in a trial) read this: "0" leaves a worker in the working directory of the
 # job, so that a relative path means the same there as in the driver.
@@ -43,7 +44,8 @@ class RunResult:
     """What a run leaves behind.
 
     ``checkpoint`` is a Hugging Face folder (the best one); ``version`` its name in the registry, as emotion@3;
-    ``metrics`` are on the validation rows; ``seconds`` and ``rows_per_s`` are of the training loop.
+    ``metrics`` are on the validation rows; ``seconds`` and ``rows_per_s`` are of the training loop; ``profile`` is
+    phase -> seconds of the driver's preparations (``prepare``) and of rank 0's loop.
     """
 
     run_id: str
@@ -53,6 +55,7 @@ class RunResult:
     steps: int
     seconds: float
     rows_per_s: float
+    profile: dict[str, float]
     config: JobConfig
 
     def to_json(self) -> dict[str, Any]:
@@ -74,31 +77,42 @@ class ScoreResult:
         return {"version": self.version, "split": self.split, "same_data": self.same_data} | self.score.to_json()
 
 
-def train(job: JobConfig, watch: Watch = lambda moment: None, say: Say = lambda line: None) -> RunResult:
+def train(
+    job: JobConfig, watch: Watch = lambda moment: None, say: Say = lambda line: None, exact: bool = False
+) -> RunResult:
     """Run a job to its end: train on Ray workers, score, pass the gate, register.
 
-    The same job started again goes on with its unfinished run. ``watch`` sees every few steps, ``say`` gets lines.
-    Raises ConfigError, DataError, ModelError before anything starts; TrainingFailed; GateRefused (the checkpoint is
+    The same job started again goes on with its unfinished run. ``watch`` sees every few steps, ``say`` gets lines;
+    ``exact`` makes GPUs wait at every phase, for a profile that is right. Raises ConfigError, DataError, ModelError
+    before anything starts; TrainingFailed; Stopped (after a SIGTERM, with a checkpoint); GateRefused (the model is
     kept, nothing is registered); BrokenVersion if the registered folder does not score what the run measured.
     """
     written, job = job, job.anchored(Path.cwd())
+    began = time.perf_counter()
     ready = prepare(job)
+    prepared = time.perf_counter() - began
     stem = f"{job.name}-{_identity(written, ready)}"
     for warning in ready.warnings:
         say(warning)
     with cluster(job, say), claim_run(job, stem) as run:
         say(_opening(job, ready, run))
-        result = fit_on_ray(job, run.url, watch)
-        checkpoint = best_folder(run.url, result)
-        registered = gate_and_register(job, ready, checkpoint, result, {"run": run.id, "trial": None})
+        result = fit_on_ray(job, run.url, watch, exact=exact)
+        if result.stopped:
+            raise Stopped(
+                f"run {run.id} was told to end and has a checkpoint of step {result.steps}; the same command goes on"
+            )
+        folder = best_folder(run.url, job, ready, result)
+        origin = {"run": run.id, "trial": None}
+        registered = gate_and_register(job, ready, folder, result, origin, rescored(job))
         finished = RunResult(
             run.id,
-            str(checkpoint),
+            str(folder),
             str(registered),
             dict(registered.metrics),
             result.steps,
             round(result.seconds, 3),
             round(result.rows_per_s, 2),
+            {phase: round(seconds, 3) for phase, seconds in ({"prepare": prepared} | result.profile).items()},
             job,
         )
         run.finish(finished.to_json())
@@ -170,10 +184,10 @@ def _missing(job: JobConfig) -> str | None:
     """What the job needs more than Ray has, in words; None if it fits."""
     have = ray.cluster_resources()
     for kind, each in (("CPU", job.scale.cpus_per_worker), ("GPU", job.scale.gpus_per_worker)):
-        needed = each * job.scale.workers
+        needed = each * job.scale.least_workers
         if needed > have.get(kind, 0):
             place = "this machine has" if "RAY_ADDRESS" not in os.environ else "the cluster has"
-            return f"scale: {job.scale.workers} workers x {each} {kind} need {needed}, {place} {have.get(kind, 0):g}"
+            return f"scale: {job.scale.least_workers} workers x {each} {kind} need {needed}, {place} {have.get(kind, 0):g}"
     return None
 
 
@@ -184,22 +198,54 @@ def _opening(job: JobConfig, ready: Ready, run: Run) -> str:
     return (
         f"{verb} run {run.id}: {len(splits.train)} train and {len(splits.validation)} validation rows, "
         f"{len(splits.labels)} labels, {job.model.base} ({ready.weights / 1e6:.1f} M weights{share}), "
-        f"{job.scale.workers} worker{'s' * (job.scale.workers > 1)}, {job.scale.strategy}"
+        f"{_workers(job)}, {job.scale.strategy}"
     )
+
+
+def _workers(job: JobConfig) -> str:
+    least, most = job.scale.least_workers, job.scale.most_workers
+    return f"{least} worker{'s' * (least > 1)}" if least == most else f"{least} to {most} workers"
 
 
 @ray.remote(num_cpus=0)
 class _Board:
-    """Where rank 0 writes how far it is, and the driver reads it."""
+    """Between rank 0 and the driver: how far the run is, and whether it has to end."""
 
     def __init__(self) -> None:
         self._latest: Moment | None = None
+        self._stop = False
 
-    def put(self, moment: Moment) -> None:
+    def put(self, moment: Moment) -> bool:
         self._latest = moment
+        return self._stop
 
     def latest(self) -> Moment | None:
         return self._latest
+
+    def stop(self) -> None:
+        self._stop = True
+
+    def stopping(self) -> bool:
+        return self._stop
+
+
+class _Line:
+    """A worker's end of the board; asks without waiting for the answer."""
+
+    def __init__(self, board: Any) -> None:
+        self._board, self._sent, self._answer, self._stop = board, 0.0, None, False
+
+    def watch(self, moment: Moment) -> None:
+        """Tell the driver, a few times a second."""
+        if time.monotonic() - self._sent > 0.3 or moment.step == moment.steps:
+            self._answer = self._board.put.remote(moment)
+            self._sent = time.monotonic()
+
+    def stopping(self) -> bool:
+        """Whether the driver's last answer was that the run has to end."""
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._stop, self._answer = bool(ray.get(self._answer)), None
+        return self._stop
 
 
 def _work(settings: dict[str, Any]) -> FitResult:
@@ -209,20 +255,41 @@ def _work(settings: dict[str, Any]) -> FitResult:
     job: JobConfig = settings["job"]
     torch.set_num_threads(job.scale.cpus_per_worker)
     ready = prepare(job)
-    board, sent = settings["board"], [0.0]
+    line = _Line(settings["board"])
+    with sigterm_is_a_wish() as told:
+        callbacks = Callbacks(
+            # Nobody but Tune reads what is reported to Ray, and every report waits for its controller.
+            report=ray.train.report if settings["reports"] else lambda metrics: None,
+            watch=line.watch,
+            should_stop=lambda: told.is_set() or line.stopping(),
+            exact=settings["exact"],
+        )
+        with tracked(job, settings["run"], callbacks) as watched:
+            result = fit(job, ready.rows, ready.task, ready.start, settings["run"], watched)
+    if result.stopped and not ray.get(settings["board"].stopping.remote()):
+        raise TrainingFailed(f"a worker got a SIGTERM; the checkpoint of step {result.steps} is kept")
+    return result
 
-    def watch(moment: Moment) -> None:
-        import time
 
-        if time.monotonic() - sent[0] > 0.3 or moment.step == moment.steps:
-            board.put.remote(moment)
-            sent[0] = time.monotonic()
+class _Group(ray.train.torch.TorchConfig):  # type: ignore[misc]
+    """Ray Train's process group, whose workers take a SIGTERM as a wish."""
 
-    callbacks = Callbacks(report=ray.train.report, watch=watch)
-    return fit(job, ready.rows, ready.task, ready.start, settings["run"], callbacks)
+    @property
+    def backend_cls(self) -> Any:
+        """Ray's own backend, and one call more in every worker."""
+        return _Backend
 
 
-def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] = ()) -> FitResult:
+class _Backend(ray.train.torch.TorchConfig().backend_cls):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_start(worker_group, backend_config)
+        # Runs in the workers' main threads, where signals arrive; the loop runs in another.
+        worker_group.execute(catch_sigterm)
+
+
+def fit_on_ray(
+    job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] = (), exact: bool = False
+) -> FitResult:
     """The loop on Ray Train, in folder ``run``; a dead worker restarts all of them from the newest checkpoint.
 
     ``callbacks`` are Ray Train's. Raises TrainingFailed when every retry is used up.
@@ -236,7 +303,8 @@ def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] 
     worker: Any = _work
     trainer = ray.train.torch.TorchTrainer(
         worker,
-        train_loop_config={"job": job, "run": run, "board": board},
+        train_loop_config={"job": job, "run": run, "board": board, "reports": bool(callbacks), "exact": exact},
+        torch_config=_Group(timeout_s=scale.collective_timeout_s),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scale.workers,
             use_gpu=scale.gpus_per_worker > 0,
@@ -260,24 +328,29 @@ def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] 
 
 @contextmanager
 def _watching(board: Any, watch: Watch) -> Iterator[None]:
-    """Show what is on the board while the block runs."""
+    """Show what is on the board while the block runs, and pass a SIGTERM on to the workers as a wish."""
     done = threading.Event()
 
-    def poll() -> None:
+    def poll(told: threading.Event) -> None:
         seen: Moment | None = None
+        passed = False
         while not done.wait(0.3):
+            if told.is_set() and not passed:
+                board.stop.remote()
+                passed = True
             latest = ray.get(board.latest.remote())
             if latest is not None and latest != seen:
                 watch(latest)
                 seen = latest
 
-    thread = threading.Thread(target=poll, name="banjoray-watch", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    with sigterm_is_a_wish() as told:
+        thread = threading.Thread(target=poll, args=(told,), name="banjoray-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
 
 def _cause(error: Exception, run: str) -> BanjorayError:
@@ -296,49 +369,20 @@ def _cause(error: Exception, run: str) -> BanjorayError:
     return TrainingFailed(f"training failed: {error}")
 
 
-def best_folder(run: str, result: FitResult) -> Path:
-    """The Hugging Face folder of a run's best checkpoint, on this machine."""
-    return Store(run, lambda line: None).local(result.checkpoint) / "model"
+def best_folder(run: str, job: JobConfig, ready: Ready, result: FitResult) -> Path:
+    """The whole model of a run's best checkpoint as a Hugging Face folder on this machine, made now."""
+    files = Store(run, lambda line: None).local(result.checkpoint)
+    folder = Path(tempfile.mkdtemp(prefix="banjoray-model-")) / "model" if is_url(run) else Path(run) / "model"
+    export(job, ready.start.model(), ready.start.tokenizer, result.checkpoint, files, folder)
+    return folder
 
 
-def gate_and_register(
-    job: JobConfig, ready: Ready, checkpoint: Path, result: FitResult, origin: Mapping[str, str | None]
-) -> ModelVersion:
-    """A registered version of a checkpoint that passes the gate and scores afresh what the run measured."""
-    gate, measured = job.registry.gate, result.checkpoint.metrics
-    if measured[gate.metric] < gate.at_least:
-        raise GateRefused(
-            f"registry.gate: {gate.metric} is {measured[gate.metric]:.4f}, needed at least {gate.at_least}; "
-            f"not registered. The checkpoint stays in {checkpoint}."
-        )
-
-    def verify(folder: Path) -> dict[str, float]:
+def rescored(job: JobConfig) -> Callable[[Path], Score]:
+    """Loads a folder afresh and scores it on the validation rows, where a worker would run."""
+    if is_url(job.registry.root):
         # What a registry behind a URL holds was copied to this machine alone, so it is scored in this process.
-        scored = score_folder(folder, job, "validation")[0] if is_url(job.registry.root) else _score_on_ray(folder, job)
-        for metric, value in measured.items():
-            if abs(scored.metrics[metric] - value) > TOLERANCE:
-                raise BrokenVersion(
-                    f"{folder} scores {metric} {scored.metrics[metric]:.5f} when loaded afresh, the run measured "
-                    f"{value:.5f}; not registered"
-                )
-        return scored.metrics
-
-    return Registry(job.registry.root).register(
-        job.model_name,
-        checkpoint,
-        task=job.task,
-        labels=ready.splits.labels,
-        lineage=dict(origin)
-        | {
-            "data": ready.fingerprint,
-            "base": job.model.base,
-            "base_digest": ready.base.digest,
-            "job": job.digest(),
-            "code": f"banjoray {installed('banjoray')}",
-            "precision": result.precision,
-        },
-        verify=verify,
-    )
+        return lambda folder: score_folder(folder, job, "validation")[0]
+    return lambda folder: _score_on_ray(folder, job)
 
 
 def _score_on_ray(folder: Path, job: JobConfig) -> Score:

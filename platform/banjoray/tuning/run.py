@@ -14,11 +14,14 @@ from banjoray.config.job import JobConfig
 from banjoray.config.search import Dimension
 from banjoray.errors import TrainingFailed
 from banjoray.training.checkpoints import Checkpoint, Store
-from banjoray.training.loop import Callbacks, FitResult, fit
+from banjoray.training.interface import Callbacks, FitResult
+from banjoray.training.loop import fit
 from banjoray.training.preflight import prepare
-from banjoray.training.run import best_folder, cluster, fit_on_ray, gate_and_register
+from banjoray.training.registering import gate_and_register
+from banjoray.training.run import best_folder, cluster, fit_on_ray, rescored
 from banjoray.training.runs import Run, claim_run
 from banjoray.training.strategies import choose_precision
+from banjoray.training.tracking import tracked
 from banjoray.tuning.space import STRUCTURAL, corner_jobs, search_of
 from ray import tune as ray_tune
 
@@ -80,9 +83,10 @@ def tune(job: JobConfig, say: Say = lambda line: None) -> StudyResult:
         won_job = job.with_values(winner.values).anchored(Path.cwd())
         precision = choose_precision(won_job.train.precision, won_job.scale.gpus_per_worker > 0).precision
         result = FitResult(won, won.position.step, winner.seconds, 0.0, precision)
-        checkpoint = best_folder(_folder(study, winner.trial), result)
+        ready = prepare(won_job)
+        checkpoint = best_folder(_folder(study, winner.trial), won_job, ready, result)
         origin = {"run": study.id, "trial": winner.trial}
-        registered = gate_and_register(won_job, prepare(won_job), checkpoint, result, origin)
+        registered = gate_and_register(won_job, ready, checkpoint, result, origin, rescored(won_job))
         finished = StudyResult(study.id, str(registered), winner.trial, job.train.metric, winner.score, tuple(ranked))
         study.finish(finished.to_json())
     return finished
@@ -142,7 +146,8 @@ def _trial(job: JobConfig, study: Run) -> Callable[[dict[str, Any]], None]:
 
             torch.set_num_threads(job.scale.cpus_per_worker)
             ready = prepare(drawn)
-            fit(drawn, ready.rows, ready.task, ready.start, folder, Callbacks(report=ray_tune.report))
+            with tracked(drawn, folder, Callbacks(report=ray_tune.report)) as callbacks:
+                fit(drawn, ready.rows, ready.task, ready.start, folder, callbacks)
         else:
             fit_on_ray(drawn, folder, lambda moment: None, [TuneReportCallback()])
 
@@ -164,7 +169,7 @@ def _resources(job: JobConfig) -> dict[str, float]:
 
 def _at_once(job: JobConfig) -> int:
     """How many trials run at the same time: as asked, but never more than fit, or worker groups would wait forever."""
-    have, workers = ray.cluster_resources(), job.scale.workers
+    have, workers = ray.cluster_resources(), job.scale.least_workers
     fits = int(have.get("CPU", 1) // (workers * job.scale.cpus_per_worker))
     if job.scale.gpus_per_worker:
         fits = min(fits, int(have.get("GPU", 0) // (workers * job.scale.gpus_per_worker)))

@@ -1,0 +1,45 @@
+"""From a checkpoint to a folder that `from_pretrained` reads."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from banjoray.config.job import JobConfig
+from banjoray.errors import TrainingFailed
+from banjoray.training.checkpoints import Checkpoint
+from banjoray.training.learned import Learned, digest, load
+
+
+def export(job: JobConfig, model: Any, tokenizer: Any, checkpoint: Checkpoint, files: Path, folder: Path) -> None:
+    """Write the whole model of a checkpoint, whose files are in ``files``, with its tokenizer and the resolved job.
+
+    ``model`` is a fresh one, as training starts from. Adapters are merged into the weights; with ``adapter.merge``
+    false they are written beside them too. Raises TrainingFailed if frozen weights are not what they were in training.
+    """
+    import yaml
+
+    frozen = Learned.of(model, None).frozen
+    load(model, files, None, checkpoint.position.decay)
+    parameters = dict(model.named_parameters())
+    found = digest({name: parameters[name].detach() for name in frozen})
+    if found != checkpoint.frozen:
+        raise TrainingFailed(
+            f"{checkpoint.name}: the frozen weights of {job.model.base} have sha256 {found[:12]}, in training they had "
+            f"{checkpoint.frozen[:12]}; the base model was changed since. Train again."
+        )
+    staging = folder.with_name(f".staging-{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    if job.adapter:
+        from banjoray.models.adapters import merge, save_adapter
+
+        if not job.adapter.merge:
+            save_adapter(model, staging / "adapter", job.model.base)
+        merge(model)
+    model.save_pretrained(staging)
+    if tokenizer.is_fast:
+        # Where it cut rows would be saved with it if it made the tokens, but not if they came from the cache.
+        tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.save_pretrained(staging)
+    (staging / "job.yaml").write_text(yaml.safe_dump(job.to_json(), sort_keys=False), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)

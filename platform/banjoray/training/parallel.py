@@ -1,0 +1,189 @@
+"""Data parallel and fully sharded workers: PyTorch's own DDP (through Accelerate) and FSDP2."""
+
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from banjoray.config.job import JobConfig
+from banjoray.errors import ModelError
+from banjoray.models.blocks import find_blocks
+from banjoray.training.optimizer import (
+    MOMENTS,
+    adamw,
+    fresh_state,
+    plain_moments,
+    restore_plain_moments,
+    set_rate,
+)
+from banjoray.training.strategies import DTYPES, Forward, Precision
+
+# Dynamic loss scaling of fp16, as torch.amp.GradScaler: where it starts, and after how many good steps it doubles.
+FIRST_SCALE, STEPS_TO_DOUBLE = 65536.0, 2000
+
+
+class DataParallel:
+    """Every worker holds the whole model; gradients are averaged. Accelerate on CPU (gloo) and GPU (NCCL)."""
+
+    def __init__(self, job: JobConfig, model: nn.Module, precision: Precision, cuda: bool) -> None:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        # Without cpu=True, Accelerate on a CPU machine ignores the process group, and workers train apart.
+        options = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        self._accelerator = Accelerator(cpu=not cuda, kwargs_handlers=[options])
+        self.rank = self._accelerator.process_index
+        self.workers = self._accelerator.num_processes
+        self.device = self._accelerator.device
+        self._dtype = DTYPES.get(precision)
+        self._max_norm = job.train.max_grad_norm
+        self.module = model.to(self.device)
+        self._optimizer = adamw(job, model)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        wrapped: nn.Module = self._accelerator.prepare_model(model) if self.workers > 1 else model
+        compiled = job.train.torch_compile == "on" or (job.train.torch_compile == "auto" and cuda)
+        self._wrapped: nn.Module = torch.compile(wrapped, dynamic=True) if compiled else wrapped  # type: ignore[assignment]
+        # fp16 gradients fall below its smallest number unless the loss is scaled up first.
+        scale = FIRST_SCALE if precision == "fp16" else 1.0
+        self._scale = torch.tensor(scale, device=self.device) if scale != 1 else None
+        self._held = torch.zeros((), dtype=torch.int32, device=self.device)
+
+    def gradients(self, forward: Forward, last: bool) -> Tensor:
+        """See `Strategy`; gradients travel between workers with the last microbatch only."""
+        quiet: AbstractContextManager[Any] = nullcontext() if last else self._accelerator.no_sync(self._wrapped)
+        with quiet:
+            with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype is not None):
+                loss = forward(self._wrapped)
+            # DDP averages what workers send; the batch's loss is the sum of their shares.
+            (loss * self.workers * (1 if self._scale is None else self._scale)).backward()
+        return loss.detach()
+
+    def step(self, learning_rate: float) -> float:
+        """See `Strategy`; clipping, unscaling and the test for numbers happen inside the fused kernel of AdamW."""
+        set_rate(self._optimizer, learning_rate)
+        scale = torch.ones((), device=self.device) if self._scale is None else self._scale
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / scale  # noqa: SLF001
+        broken = (~torch.isfinite(norm)).float()
+        # The names by which GradScaler hands a fused optimizer a divisor, and the wish to skip.
+        optimizer: Any = self._optimizer
+        optimizer.grad_scale = scale * ((norm + 1e-6) / self._max_norm).clamp(min=1)
+        optimizer.found_inf = broken
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if self._scale is not None:
+            torch._amp_update_scale_(self._scale, self._held, broken, 2.0, 0.5, STEPS_TO_DOUBLE)  # noqa: SLF001
+        return float(norm)
+
+    def weights(self, names: Collection[str]) -> dict[str, Tensor]:
+        """See `Strategy`."""
+        if self.rank != 0:
+            return {}
+        state = self.module.state_dict()
+        return {name: state[name].to("cpu", copy=True) for name in names}
+
+    def moments(self) -> dict[str, Tensor]:
+        """See `Strategy`."""
+        if self.rank != 0:
+            return {}
+        scaling = {} if self._scale is None else {"loss_scale": torch.stack([self._scale, self._held.float()]).cpu()}
+        return plain_moments(self.module, self._optimizer) | scaling
+
+    def restore(self, moments: Mapping[str, Tensor], steps: int) -> None:
+        """See `Strategy`."""
+        restore_plain_moments(self.module, self._optimizer, moments, steps)
+        if self._scale is not None and "loss_scale" in moments:
+            self._scale.copy_(moments["loss_scale"][0])
+            self._held.copy_(moments["loss_scale"][1])
+
+
+class FullySharded:
+    """Every worker holds its part of each weight, gradient and moment: FSDP2, block by block.
+
+    From torch itself: Accelerate, told FSDP on CPUs, trains with plain DDP and says nothing.
+    """
+
+    def __init__(self, job: JobConfig, model: nn.Module, precision: Precision, cuda: bool) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        self.workers = torch.distributed.get_world_size()
+        self.rank = torch.distributed.get_rank()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        self._dtype = DTYPES.get(precision)
+        self._max_norm = job.train.max_grad_norm
+        mesh = init_device_mesh(self.device.type, (self.workers,))
+        self.module = model.to(self.device)
+        for block in _stack(model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        self._optimizer = adamw(job, model)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def gradients(self, forward: Forward, last: bool) -> Tensor:
+        """See `Strategy`; gradients travel between workers with the last microbatch only."""
+        sharded: Any = self.module
+        sharded.set_requires_gradient_sync(last)
+        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype is not None):
+            loss = forward(self.module)
+        (loss * self.workers).backward()
+        return loss.detach()
+
+    def step(self, learning_rate: float) -> float:
+        """See `Strategy`."""
+        set_rate(self._optimizer, learning_rate)
+        sharded: Any = nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+        norm = sharded.full_tensor() if hasattr(sharded, "full_tensor") else sharded
+        if torch.isfinite(norm):
+            nn.utils.clip_grads_with_norm_(self._trained, self._max_norm, norm)
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def weights(self, names: Collection[str]) -> dict[str, Tensor]:
+        """See `Strategy`; gathered one at a time."""
+        state = self.module.state_dict()
+        return self._gathered({name: state[name] for name in names})
+
+    def moments(self) -> dict[str, Tensor]:
+        """See `Strategy`."""
+        return self._gathered(
+            {
+                f"{moment}.{name}": self._optimizer.state[parameter][moment]
+                for name, parameter in self.module.named_parameters()
+                if parameter in self._optimizer.state
+                for moment in MOMENTS
+            }
+        )
+
+    def restore(self, moments: Mapping[str, Tensor], steps: int) -> None:
+        """See `Strategy`."""
+        from torch.distributed.tensor import distribute_tensor
+
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                cut: Any = parameter
+                state = fresh_state(parameter, steps)
+                for moment in MOMENTS:
+                    whole = moments[f"{moment}.{name}"].to(self.device)
+                    state[moment] = distribute_tensor(whole, cut.device_mesh, cut.placements)
+                self._optimizer.state[parameter] = state
+
+    def _gathered(self, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+        whole: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if self.rank == 0:
+                whole[name] = full.detach().to("cpu", copy=True)
+        return whole
+
+
+def _stack(model: Any) -> list[nn.Module]:
+    """The blocks to shard one by one; none where the model has no stack, or runs one block at several depths."""
+    try:
+        found = find_blocks(model)
+    except ModelError:
+        return []
+    stack = model.base_model.get_submodule(found.stack)
+    return [] if found.shared else list(stack)
