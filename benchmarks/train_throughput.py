@@ -1,10 +1,16 @@
-"""Rows per second of fine-tuning: banjoray beside transformers.Trainer, same rows, model, steps and threads.
+"""Rows per second of fine-tuning: banjoray beside Trainer and Accelerate; same rows, model, steps and threads.
 
-    python benchmarks/train_throughput.py --train rows.jsonl --validation rows.jsonl [--rows 2000] [--repeats 3]
+    python benchmarks/train_throughput.py [--train rows.jsonl --validation rows.jsonl] [--name emotion] [--gpu]
+    python benchmarks/train_throughput.py --accuracy --train rows.jsonl --validation rows.jsonl --name emotion
 
-Files have columns text and label; without them, the sample set that ships with banjoray. Every contender runs in a
-process of its own, in turn; the first round warms the machine up and is not counted. Accuracies are printed beside
-the speeds, so that nobody is fast by learning nothing; the median of the counted rounds is written to results/.
+Files are JSON Lines with columns text and label; without them, the sample set that ships with banjoray. Every
+contender runs in a process of its own, in turn, round after round, each round with another seed; the first round warms
+the machine up and is not counted. Speeds are told only if the contenders learn alike: a banjoray contender whose mean
+accuracy is more than 3 points below the tuned Trainer's ends the script with exit code 1 and leaves no results file.
+
+--accuracy makes no claim about time: all rows, banjoray and the tuned Trainer only, the mean accuracy of each over the
+seeds, and whether banjoray's is at most half a point below. Results go to benchmarks/results and, as one JSON line, to
+stdout; progress goes to stderr.
 """
 
 import argparse
@@ -15,171 +21,224 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from banjoray.data.sources import SHIPPED
+
 HERE = Path(__file__).parent
 THREADS = os.cpu_count() or 1
-SETTINGS: dict[str, Any] = {
-    "epochs": 2,
+MAX_LENGTH = 128
+TRAIN: dict[str, Any] = {
     "batch_size": 32,
     "learning_rate": 1e-4,
     "weight_decay": 0.01,
     "warmup_ratio": 0.1,
 }
-CONTENDERS = {
-    "banjoray": f"`banjoray train`, 1 worker, {THREADS} threads, precision auto",
-    "trainer": f"Trainer with its defaults: fp32, random batches; {THREADS} threads",
-    "trainer_tuned": f"Trainer, bf16, group_by_length; {THREADS} threads",
+HALF = max(1, THREADS // 2)
+ON_CPU = {
+    "banjoray": f"`banjoray train`, 1 worker, {THREADS} threads, defaults",
+    "banjoray_2_workers": f"`banjoray train`, 2 workers, {HALF} thread{'s' * (HALF > 1)} each, defaults",
+    "banjoray_loop": f"banjoray's loop outside Ray, {THREADS} threads",
+    "trainer": f"Trainer with its defaults (fp32, random batches), {THREADS} threads",
+    "trainer_tuned": f"Trainer tuned (bf16, group_by_length), {THREADS} threads",
+    "accelerate_2": f"Accelerate loop (bf16, random batches), 2 processes, {HALF} thread{'s' * (HALF > 1)} each",
 }
+ON_GPU = {
+    "banjoray": "`banjoray train`, 1 GPU, defaults",
+    "banjoray_zero2": "`banjoray train`, 1 GPU, DeepSpeed ZeRO-2",
+    "banjoray_loop": "banjoray's loop outside Ray, 1 GPU",
+    "trainer": "Trainer with its defaults (fp32, random batches), 1 GPU",
+    "trainer_tuned": "Trainer tuned (bf16, group_by_length), 1 GPU",
+}
+PEER = "trainer_tuned"
+NOISE, HALF_A_POINT = 0.03, 0.005
+PACKAGES = ("banjoray", "torch", "transformers", "accelerate", "ray", "deepspeed")
+# Counted rounds -> what every contender told: numbers by name.
+Rounds = dict[str, list[dict[str, float]]]
 
 
-def banjoray(data: dict[str, Any], folder: Path, seed: int) -> dict[str, float]:
-    """The command as a user runs it; Ray's start is in wall_s and not in rows_per_s."""
-    job = {
-        "name": "bench",
-        "task": "text-classification",
-        "model": {"base": "banjoray:minilm"},
-        "data": data | {"max_length": 128},
-        "train": SETTINGS | {"seed": seed, "metric": "accuracy"},
-        "scale": {"cpus_per_worker": THREADS},
-        "storage": str(folder / "runs"),
-        "registry": {"root": str(folder / "registry"), "gate": {"metric": "accuracy"}},
-    }
-    (folder / "job.yaml").write_text(json.dumps(job))
-    began = time.perf_counter()
-    command = [str(Path(sys.executable).parent / "banjoray"), "train", str(folder / "job.yaml"), "--json"]
-    told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    wall = time.perf_counter() - began
-    return {"rows_per_s": told["rows_per_s"], "accuracy": told["metrics"]["accuracy"], "wall_s": wall}
-
-
-def trainer(data: dict[str, Any], folder: Path, seed: int, tuned: bool) -> dict[str, float]:
-    """transformers.Trainer on the same rows; its own tokenising is not in rows_per_s."""
-    import numpy as np
-    import torch
-    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
-
-    from banjoray.config.job import JobConfig
-    from banjoray.config.section import validate
-    from banjoray.training.preflight import prepare
-
-    torch.set_num_threads(THREADS)
-    tree = {"name": "bench", "task": "text-classification", "model": {"base": "banjoray:minilm"}, "data": data}
-    ready = prepare(validate(JobConfig, tree | {"train": {"seed": seed}, "storage": str(folder)}, "benchmark"))
-    tokenizer = ready.start.tokenizer
-
-    def encoded(split: Any) -> Any:
-        rows = split.rows.remove_columns([name for name in split.rows.column_names if name != "text"])
-        rows = rows.add_column("labels", split.targets.tolist())
-        return rows.map(lambda part: tokenizer(part["text"], truncation=True, max_length=128), batched=True)
-
-    steps = SETTINGS["epochs"] * -(-len(ready.splits.train) // SETTINGS["batch_size"])
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        num_train_epochs=SETTINGS["epochs"],
-        per_device_train_batch_size=SETTINGS["batch_size"],
-        learning_rate=SETTINGS["learning_rate"],
-        weight_decay=SETTINGS["weight_decay"],
-        warmup_steps=int(SETTINGS["warmup_ratio"] * steps),
-        seed=seed,
-        use_cpu=True,
-        bf16=tuned,
-        train_sampling_strategy="group_by_length" if tuned else "random",
-        eval_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    run = Trainer(
-        model=ready.start.model(None),
-        args=arguments,
-        train_dataset=encoded(ready.splits.train),
-        eval_dataset=encoded(ready.splits.validation),
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda found: {"accuracy": float(np.mean(np.argmax(found.predictions, 1) == found.label_ids))},
-    )
-    began = time.perf_counter()
-    run.train()
-    seconds = time.perf_counter() - began
-    rows_per_s = SETTINGS["epochs"] * len(ready.splits.train) / seconds
-    return {"rows_per_s": rows_per_s, "accuracy": run.evaluate()["eval_accuracy"], "wall_s": seconds}
-
-
-def measure(contender: str, data: dict[str, Any], seed: int) -> dict[str, float]:
-    """One round of one contender, in this process."""
+def main() -> int:
+    """Run the contenders in turn, compare, write; 1 if they don't agree."""
+    options = parsed()
+    settings = ON_GPU if options.gpu else ON_CPU
     with tempfile.TemporaryDirectory() as folder:
-        if contender == "banjoray":
-            return banjoray(data, Path(folder), seed)
-        return trainer(data, Path(folder), seed, tuned=contender == "trainer_tuned")
+        files = {
+            "train": first_rows(options.train, options.rows, Path(folder, "train.jsonl")),
+            "validation": first_rows(options.validation, 0, Path(folder, "validation.jsonl")),
+        }
+        rows = len(Path(files["train"]).read_text(encoding="utf-8").splitlines())
+        result = facts(options, rows)
+        found = rounds(options, files, Path(folder))
+    contenders = {name: summary(told) | {"settings": settings[name]} for name, told in found.items()}
+    agrees = agreement(contenders, HALF_A_POINT if options.accuracy else NOISE)
+    if options.accuracy:
+        keys = ("accuracy", "accuracy_min", "accuracy_max", "steps", "settings")
+        contenders = {name: {key: told[key] for key in keys} for name, told in contenders.items()}
+        result |= {"contenders": contenders, "within_half_a_point": agrees}
+    else:
+        result |= {"contenders": compared(contenders), "agrees": agrees} | share_of_ray(contenders)
+    if options.accuracy or agrees is not False:
+        path = HERE / "results" / f"{result['benchmark']}_{options.name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+    return int(agrees is False)
 
 
-def shortened(path: str | None, rows: int, folder: Path, name: str) -> str | None:
-    """The first rows of a file."""
-    if path is None:
-        return None
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)[:rows]
-    short = folder / f"{name}.jsonl"
-    short.write_text("".join(lines), encoding="utf-8")
+def parsed() -> argparse.Namespace:
+    """The options; ``only`` as the list of contenders that run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", help="JSON Lines file")
+    parser.add_argument("--validation", help="JSON Lines file")
+    parser.add_argument("--rows", type=int, help="the first so many train rows; 0: all (default 2000; --accuracy: 0)")
+    parser.add_argument("--repeats", type=int, default=3, help="counted rounds, with seeds 1, 2, 3, ...")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--only", help="names of contenders, with commas between")
+    parser.add_argument("--name", help="what the results call the data (default: sample)")
+    parser.add_argument("--gpu", action="store_true", help="on one GPU instead of the CPU")
+    parser.add_argument("--accuracy", action="store_true", help="compare accuracies, not speeds")
+    options = parser.parse_args()
+    if bool(options.train) != bool(options.validation):
+        parser.error("--train and --validation go together")
+    if not options.train:
+        options.train, options.validation = (str(SHIPPED / f"emotion/{name}.jsonl") for name in ("train", "validation"))
+    if options.rows is None:
+        options.rows = 0 if options.accuracy else 2000
+    if options.repeats < 1 or options.rows < 0 or options.epochs < 1:
+        parser.error("--repeats and --epochs are at least 1, --rows at least 0")
+    if options.name is None:
+        options.name = "sample_gpu" if options.gpu else "sample"
+    known = ["banjoray", PEER] if options.accuracy else list(ON_GPU if options.gpu else ON_CPU)
+    asked = options.only.split(",") if options.only else known
+    if strange := sorted(set(asked) - set(known)):
+        parser.error(f"--only: no {', '.join(strange)} here; there is {', '.join(known)}")
+    options.only = [name for name in known if name in asked]
+    return options
+
+
+def first_rows(path: str, rows: int, short: Path) -> str:
+    """A copy of a file with its first rows; with all of them if ``rows`` is 0."""
+    lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+    short.write_text("\n".join(lines[: rows or None]) + "\n", encoding="utf-8")
     return str(short)
 
 
-def main() -> None:
-    """Run the contenders in turn and write the medians."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train")
-    parser.add_argument("--validation")
-    parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--name", default="sample", help="what the results call the data")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(*json.loads(options.one))))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        files = {
-            "train": shortened(options.train, options.rows, Path(folder), "train"),
-            "validation": shortened(options.validation, 10**9, Path(folder), "validation"),
+def rounds(options: argparse.Namespace, files: dict[str, str], folder: Path) -> Rounds:
+    """Every contender, round after round; round 0 is for warming up, and is left out where no time is told."""
+    found: Rounds = {name: [] for name in options.only}
+    for seed in range(1 if options.accuracy else 0, options.repeats + 1):
+        for name in options.only:
+            told = one(name, seed, options, files, folder)
+            print(f"{f'seed {seed}' if seed else 'warm-up'}  {name}  accuracy {told['accuracy']:.4f}", file=sys.stderr)
+            if seed:
+                found[name].append(told)
+    counts = {name: {told["steps"] for told in rows} for name, rows in found.items()}
+    if len(set[float]().union(*counts.values())) != 1:
+        raise SystemExit(f"contenders differ in optimizer steps, so nothing is compared: {counts}")
+    return found
+
+
+def one(name: str, seed: int, options: argparse.Namespace, files: dict[str, str], folder: Path) -> dict[str, float]:
+    """One round of one contender in a process of its own; its log is shown only if it fails."""
+    # Only what Ray, the hub and CUDA would otherwise take from this machine's user.
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment |= {
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if options.gpu:
+        environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        case = {
+            "contender": name,
+            "seed": seed,
+            "threads": THREADS,
+            "gpu": options.gpu,
+            "folder": place,
+            "files": files,
+            "max_length": MAX_LENGTH,
+            "train": TRAIN | {"epochs": options.epochs},
         }
-        data: dict[str, Any] = {"files": files} if files["train"] else {"source": "banjoray:emotion"}
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-        for seed in range(options.repeats + 1):
-            for contender in CONTENDERS:
-                command = [sys.executable, __file__, "--one", json.dumps([contender, data, seed])]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                told = json.loads(done.stdout.strip().splitlines()[-1])
-                print(f"{'warm-up' if seed == 0 else f'seed {seed}'} {contender} {told}", file=sys.stderr)
-                if seed:
-                    found[contender].append(told)
-    write(options.name, options.rows if options.train else 600, found)
+        command = [sys.executable, str(HERE / "train_contenders.py"), json.dumps(case)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name}, seed {seed}, ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    told: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return told
 
 
-def write(name: str, rows: int, found: dict[str, list[dict[str, float]]]) -> None:
-    """Medians, settings, versions and machine as one JSON file, and as one JSON line on stdout."""
-    medians = {
-        contender: {key: round(statistics.median(told[key] for told in rounds), 4) for key in rounds[0]}
-        | {"settings": CONTENDERS[contender]}
-        for contender, rounds in found.items()
+def summary(told: list[dict[str, float]]) -> dict[str, Any]:
+    """The medians of a contender's rounds; of the accuracy mean and range."""
+    medians = {key: round(statistics.median(one[key] for one in told), 3) for key in told[0]}
+    accuracies = [one["accuracy"] for one in told]
+    speeds = [one["rows_per_s"] for one in told]
+    return medians | {
+        "rows_per_s_min": round(min(speeds), 3),
+        "rows_per_s_max": round(max(speeds), 3),
+        "accuracy": round(statistics.mean(accuracies), 5),
+        "accuracy_min": round(min(accuracies), 5),
+        "accuracy_max": round(max(accuracies), 5),
     }
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=HERE
-    )
-    result = {
-        "benchmark": "train_throughput",
-        "data": f"{name}, {rows} train rows, {SETTINGS['epochs']} epochs, batch {SETTINGS['batch_size']}, MiniLM",
-        "repeats": len(next(iter(found.values()))),
-        "machine": f"{platform.machine()}, {THREADS} cores",
-        "versions": {package: version(package) for package in ("torch", "transformers", "ray")},
-        "commit": commit.stdout.strip(),
-        "contenders": medians,
+
+
+def agreement(contenders: dict[str, dict[str, Any]], margin: float) -> bool | None:
+    """Whether no mean accuracy of ours is below the tuned Trainer's by more than ``margin``; None if one is missing."""
+    ours = [told["accuracy"] for name, told in contenders.items() if name.startswith("banjoray")]
+    if not ours or PEER not in contenders:
+        return None
+    # Accuracies are rounded to five digits.
+    return bool(min(ours) >= contenders[PEER]["accuracy"] - margin - 1e-5)
+
+
+def compared(contenders: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Contenders with ``banjoray_is``: how many times as fast `banjoray train` with one worker is."""
+    if "banjoray" not in contenders:
+        return contenders
+    ours = contenders["banjoray"]["rows_per_s"]
+    return {name: told | {"banjoray_is": round(ours / told["rows_per_s"], 3)} for name, told in contenders.items()}
+
+
+def share_of_ray(contenders: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """``ray_share``: the part of its speed that the loop loses inside a Ray worker, from medians."""
+    if not {"banjoray", "banjoray_loop"} <= contenders.keys():
+        return {}
+    inside, outside = (contenders[name]["rows_per_s"] for name in ("banjoray", "banjoray_loop"))
+    return {"ray_share": round(1 - inside / outside, 4)}
+
+
+def facts(options: argparse.Namespace, rows: int) -> dict[str, Any]:
+    """What was measured, on what, with which versions."""
+    described = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = subprocess.run(described, capture_output=True, text=True, check=True, cwd=HERE).stdout.strip()
+    train = TRAIN | {"epochs": options.epochs}
+    return {
+        "benchmark": "train_accuracy" if options.accuracy else "train_throughput",
+        "data": f"{options.name}, {rows} train rows, {options.epochs} epochs, batch {train['batch_size']}, MiniLM",
+        "repeats": options.repeats,
+        "seeds": list(range(1, options.repeats + 1)),
+        "machine": machine(options.gpu),
+        "load_before": round(os.getloadavg()[0], 2),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "commit": commit,
+        "settings": train | {"max_length": MAX_LENGTH, "model": "banjoray:minilm", "threads": THREADS},
     }
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / f"train_throughput_{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+
+
+def machine(gpu: bool) -> str:
+    """The GPU, or the CPU's model, its cores and the bf16 that it has."""
+    if gpu:
+        import torch
+
+        return f"{torch.cuda.get_device_name(0)}, {THREADS} CPU cores"
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    facts = {key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in lines) if colon}
+    native = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in facts.get("flags", "").split()]
+    return ", ".join([facts.get("model name", platform.machine()), f"{THREADS} cores", *native[:1]])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -39,6 +39,7 @@ Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the job file; may be repeated.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Profile = Annotated[bool, typer.Option("--profile", help="Print where the time went; on GPUs it costs some.")]
 RegistryRoot = Annotated[str, typer.Option("--registry", help="Folder or fsspec URL of the registry.")]
 Reference = Annotated[str, typer.Argument(help="name@version or name@alias, as emotion@7.", show_default=False)]
 
@@ -72,10 +73,15 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 @app.command()
-def train(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006  typer wants a list
+def train(
+    file: JobFile,
+    values: Overrides = [],  # noqa: B006  typer wants a list
+    as_json: AsJson = False,
+    profile: Profile = False,
+) -> None:
     """Train a model and register it.
 
-    The same command goes on with an unfinished run.
+    The same command goes on with an unfinished run; a SIGTERM ends it with a checkpoint.
     """
     job = _job(file, values)
     console = _console()
@@ -86,7 +92,7 @@ def train(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> Non
 
         progress = RunProgress(console)
         with progress.shown():
-            return run(job, watch=progress, say=_say(console))
+            return run(job, watch=progress, say=_say(console), exact=profile)
 
     result = _quietly(work)
     speed = f"{result.steps} steps, {result.seconds:.0f} s, {result.rows_per_s:.0f} rows/s"
@@ -95,6 +101,10 @@ def train(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> Non
         f"checkpoint  {result.checkpoint}",
         f"next        banjoray promote {result.version} production",
     ]
+    if profile:
+        from banjoray.reports.tables import profile_table
+
+        console.print(profile_table(result.profile))
     _answer(result.to_json(), as_json, *text)
 
 

@@ -221,8 +221,8 @@ def test_the_workers_hold_what_the_entrypoints_ask_for(manifests: tuple[Manifest
         for resource, each in (("cpu", scale.cpus_per_worker), (GPU, scale.gpus_per_worker)):
             room = limit(group["template"], resource)
             assert each <= room, f"{name}: a worker wants {each} {resource}, a pod has {room}"
-            slots = group["replicas"] * (room // each) if each else scale.workers
-            assert scale.workers <= slots, f"{name}: {scale.workers} workers, room for {slots} by {resource}"
+            slots = group["replicas"] * (room // each) if each else scale.most_workers
+            assert scale.most_workers <= slots, f"{name}: {scale.most_workers} workers, room for {slots} by {resource}"
 
 
 def test_only_the_gpu_overlay_asks_for_gpus_and_only_for_the_workers_of_jobs(

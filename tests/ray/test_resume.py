@@ -63,7 +63,7 @@ def drops_out(folder: Path, lively_job: JobMaker) -> JobMaker:
     return make
 
 
-def run(job: JobConfig, at: Path, **callbacks: Callable[..., Any]) -> FitResult:
+def run(job: JobConfig, at: Path, **callbacks: Any) -> FitResult:
     ready = prepare(job)
     return fit(job, ready.rows, ready.task, ready.start, str(at), Callbacks(**callbacks))
 

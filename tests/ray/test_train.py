@@ -19,7 +19,7 @@ from banjoray.config.job import JobConfig
 from banjoray.errors import ConfigError, GateRefused
 from banjoray.registry import Registry
 from banjoray.training.checkpoints import Store
-from banjoray.training.loop import Moment
+from banjoray.training.interface import Moment
 from banjoray.training.run import RunResult, _check_room, worker_environment
 from banjoray.training.runs import claim_run
 from factories import make_job, sample_rows, write_rows
@@ -82,7 +82,8 @@ def metrics_of(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
 
 def test_result_says_what_was_run_and_where_it_is(paired_job: JobConfig, paired: RunResult) -> None:
     told = json.loads(json.dumps(paired.to_json()))
-    assert set(told) == {"run_id", "checkpoint", "version", "metrics", "steps", "seconds", "rows_per_s"}
+    assert set(told) == {"run_id", "checkpoint", "version", "metrics", "steps", "seconds", "rows_per_s", "profile"}
+    assert {"prepare", "collate", "forward", "backward", "optimizer", "evaluate"} <= set(told["profile"])
     assert set(told["metrics"]) == METRICS
     assert told["steps"] == 18
     assert told["seconds"] > 0
@@ -206,7 +207,7 @@ def test_refused_by_its_gate_a_model_keeps_its_checkpoint_and_is_not_registered(
     (run,) = Path(job.storage).glob("gated-*")
     assert "accuracy is 0." in message
     assert "needed at least 0.999" in message
-    (checkpoint,) = [path for path in run.glob("checkpoints/*/model") if str(path) in message]
+    (checkpoint,) = [path for path in run.glob("model") if str(path) in message]
     assert (checkpoint / "model.safetensors").is_file()
     assert not (folder / "registry/gated").exists()
 

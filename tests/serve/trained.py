@@ -11,7 +11,9 @@ import yaml
 from banjoray.config.job import JobConfig
 from banjoray.registry import Registry
 from banjoray.training.checkpoints import Store
-from banjoray.training.loop import Callbacks, fit
+from banjoray.training.export import export
+from banjoray.training.interface import Callbacks
+from banjoray.training.loop import fit
 from banjoray.training.preflight import prepare
 
 Text = str | tuple[str, str]
@@ -50,9 +52,10 @@ def stock(folder: Path, lively_job: Callable[..., JobConfig]) -> Shelf:
         ready = prepare(job)
         at = f"{job.storage}/{run}"
         best = fit(job, ready.rows, ready.task, ready.start, at, Callbacks()).checkpoint
+        export(job, ready.start.model(), ready.start.tokenizer, best, Store(at, print).local(best), Path(at) / "model")
         shelf.registry.register(
             "tiny",
-            Store(at, print).local(best) / "model",
+            Path(at) / "model",
             task=job.task,
             labels=ready.splits.labels,
             lineage={"run": run, "trial": None, "data": ready.fingerprint},

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from banjoray.errors import TrainingFailed
-from banjoray.training.checkpoints import MANIFEST, Checkpoint, Position, Store
+from banjoray.training.checkpoints import MANIFEST, Checkpoint, Position, Saver, Store
 
 FILES = ("model/config.json", "model/model.safetensors", "optimizer.safetensors")
 
@@ -32,7 +33,7 @@ class Shelf:
         return Store(self.run, self.warnings.append)
 
     def save(self, step: int, **metrics: float) -> Checkpoint:
-        return self.store.save(Position(step, step // 10, 0, 0.5, ({"f1": 0.25},)), metrics, writer(step))
+        return self.store.save(Position(step, step // 10, 0, 0.5, ({"f1": 0.25},)), metrics, "f", writer(step))
 
     def names(self) -> list[str]:
         """What lies in the folder, complete or not."""
@@ -166,7 +167,7 @@ def test_a_torn_checkpoint_does_not_push_out_those_made_after_it(shelf: Shelf) -
     shelf.cut(40, FILES[0], 0.5)
     store = shelf.again()
     assert store.newest_whole() is not None
-    store.save(Position(20), {"f1": 0.3}, writer(20))
+    store.save(Position(20), {"f1": 0.3}, "f", writer(20))
     store.prune("f1", "max", 2)
     assert shelf.kept() == [10, 20]
 
@@ -237,7 +238,7 @@ def test_a_write_that_fails_half_way_leaves_the_earlier_ones_whole_and_nothing_e
         fail(folder)
 
     with pytest.raises(TrainingFailed) as caught:
-        shelf.store.save(Position(20), {"f1": 0.9}, write)
+        shelf.store.save(Position(20), {"f1": 0.9}, "f", write)
     message = str(caught.value)
     assert message.startswith(f"checkpoint step-00000020 can't be written to {shelf.store.root} (")
     assert message.endswith("the checkpoints before it are whole. Free space, then run the same command to go on.")
@@ -286,3 +287,49 @@ def test_a_run_can_be_moved_with_its_checkpoints(tmp_path: Path) -> None:
     saved = Shelf(str(tmp_path / "here")).save(10)
     shutil.move(tmp_path / "here", tmp_path / "there")
     assert Shelf(str(tmp_path / "there")).store.newest_whole() == saved
+
+
+def test_room_is_made_by_the_oldest_and_never_by_the_best_or_the_newest(shelf: Shelf) -> None:
+    for step, value in ((10, 0.2), (20, 0.9), (30, 0.1), (40, 0.3), (50, 0.2)):
+        shelf.save(step, f1=value)
+    one = sum(shelf.filesystem.size(f"{shelf.root}/step-00000010/{name}") for name in FILES)
+    # Files differ by the digits of their step.
+    shelf.store.make_room("f1", "max", one, 6 * one + 60)
+    assert shelf.kept() == [10, 20, 30, 40, 50]
+    shelf.store.make_room("f1", "max", one, 4 * one + 40)
+    assert shelf.kept() == [20, 40, 50]
+    shelf.store.make_room("f1", "max", one, 1)
+    assert shelf.kept() == [20, 50]
+
+
+def test_noted_microbatches_outlive_the_process_and_the_clearing_of_old_checkpoints(shelf: Shelf) -> None:
+    assert shelf.store.microbatches(2) == 2
+    shelf.store.note_microbatches(4)
+    for step in (10, 20, 30):
+        shelf.save(step, f1=0.5)
+    shelf.store.prune("f1", "max", 2)
+    assert shelf.again().microbatches(2) == 4
+    assert shelf.again().microbatches(8) == 8
+
+
+def test_what_is_saved_beside_training_is_whole_before_the_next_begins_and_its_errors_come_out() -> None:
+    done: list[str] = []
+    go_on = threading.Event()
+
+    def slow() -> None:
+        assert go_on.wait(60)
+        done.append("first")
+
+    def broken() -> None:
+        raise TrainingFailed("full")
+
+    with Saver() as saver:
+        saver.begin(slow)
+        assert done == []
+        go_on.set()
+        saver.begin(broken)
+        assert done == ["first"]
+        with pytest.raises(TrainingFailed, match="full"):
+            saver.settle()
+        saver.begin(lambda: done.append("last"))
+    assert done == ["first", "last"]

@@ -9,9 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from banjoray.config.job import JobConfig, load_job
-from banjoray.config.train import FreezeLayers, FreezePatterns
 from banjoray.config.section import validate
 from banjoray.config.serve import ServeConfig
+from banjoray.config.train import FreezeBitfit, FreezeLayers, FreezePatterns
 from banjoray.errors import ConfigError
 
 SMALLEST = "name: tiny\ntask: text-classification\ndata: {source: 'banjoray:emotion'}\n"
@@ -91,11 +91,13 @@ def test_all_mistakes_are_listed_one_a_line() -> None:
         ({"data.source": None, "data.files": {"test": "a.csv"}}, "key 'data.files.train' is missing"),
         ({"train.metric": "loss"}, "train: metric 'loss' with mode 'max'; only loss is minimised"),
         ({"train.mode": "min"}, "train: metric 'f1_macro' with mode 'min'; only loss is minimised"),
-        ({"scale.offload": "cpu"}, "scale: offload 'cpu' needs strategy zero1, zero2 or zero3, found 'ddp'"),
-        ({"scale.offload": "cpu", "scale.strategy": "zero0"}, "found 'zero0'"),
         (
             {"train.batch_size": 5, "scale.workers": 2, "train.gradient_accumulation_steps": 3},
             "train.batch_size: found 5, needed at least 6 (scale.workers 2 x gradient_accumulation_steps 3)",
+        ),
+        (
+            {"train.batch_size": 7, "scale.workers": [1, 4], "train.gradient_accumulation_steps": 2},
+            "train.batch_size: found 7, needed at least 8 (scale.workers 4 x gradient_accumulation_steps 2)",
         ),
         ({"train.checkpoint_every": 0}, "train.checkpoint_every: needs 'epoch' or a number of steps >= 1, found 0"),
         ({"train.checkpoint_every": "step"}, "train.checkpoint_every: found 'step', needed 'epoch'"),
@@ -113,8 +115,10 @@ def test_each_rule_between_keys_is_kept_and_its_breach_named(changes: dict[str, 
     "changes",
     [
         {"train.metric": "loss", "train.mode": "min"},
-        {"scale.offload": "cpu", "scale.strategy": "zero1"},
         {"train.batch_size": 6, "scale.workers": 2, "train.gradient_accumulation_steps": 3},
+        {"train.batch_size": 4, "scale.workers": [1, 4]},
+        # What counts there is tokens.
+        {"train.batch_size": 1, "scale.workers": 4, "train.batching.mode": "tokens"},
         {"train.checkpoint_every": 1},
         {"data.source": None, "data.files": {"train": "a.csv"}},
     ],
@@ -128,9 +132,10 @@ def test_freeze_takes_each_name(freeze: str) -> None:
     assert make({"freeze": freeze}).freeze == freeze
 
 
-def test_freeze_takes_a_depth_or_patterns() -> None:
+def test_freeze_takes_a_depth_patterns_or_bitfit() -> None:
     assert make({"freeze": {"layers": 2}}).freeze == FreezeLayers(layers=2)
     assert make({"freeze": {"patterns": ["a.*", "b"]}}).freeze == FreezePatterns(patterns=["a.*", "b"])
+    assert make({"freeze": {"bitfit": True}}).freeze == FreezeBitfit(bitfit=True)
 
 
 @pytest.mark.parametrize(
@@ -148,12 +153,86 @@ def test_freeze_takes_a_depth_or_patterns() -> None:
         {"patterns": []},
         {"patterns": "a"},
         {"patterns": ["a", 1]},
+        {"bitfit": False},
+        {"bitfit": "yes"},
+        {"bitfit": True, "layers": 1},
     ],
     ids=repr,
 )
 def test_any_other_freeze_gets_one_line_that_lists_the_shapes(wrong: object) -> None:
-    needed = "needed none, embeddings, backbone, {layers: k} or {patterns: [...]}"
+    needed = "needed none, embeddings, backbone, {layers: k}, {patterns: [...]} or {bitfit: true}"
     assert complaints({"freeze": wrong}) == [f"job.yaml: freeze: found {wrong!r}, {needed}"]
+
+
+@pytest.mark.parametrize(("workers", "least", "most"), [(1, 1, 1), (4, 4, 4), ([1, 4], 1, 4), ([2, 2], 2, 2)], ids=repr)
+def test_workers_are_a_number_or_the_least_and_the_most(workers: object, least: int, most: int) -> None:
+    scale = make({"scale.workers": workers}).scale
+    assert (scale.least_workers, scale.most_workers) == (least, most)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [0, -1, True, 2.0, None, "4", [], [1], [0, 1], [4, 1], [1, 2, 3], [1, "2"], [True, 2], {"least": 1}],
+    ids=repr,
+)
+def test_any_other_number_of_workers_gets_one_line_that_says_what_it_may_be(wrong: object) -> None:
+    needed = "needed a number >= 1, or [least, most]"
+    assert complaints({"scale.workers": wrong}) == [f"job.yaml: scale.workers: found {wrong!r}, {needed}"]
+
+
+@pytest.mark.parametrize("weights", ["none", "balanced", {"joy": 1}, {"joy": 0.5, "fear": 2}], ids=repr)
+def test_class_weights_are_a_name_or_a_weight_for_labels(weights: object) -> None:
+    assert make({"train.class_weights": weights}).train.class_weights == weights
+
+
+@pytest.mark.parametrize(
+    "wrong", ["even", None, 2, ["joy"], {}, {"joy": 0}, {"joy": -1.0}, {"joy": True}, {"joy": "2"}], ids=repr
+)
+def test_any_other_class_weights_get_one_line_that_says_what_they_may_be(wrong: object) -> None:
+    needed = "needed none, balanced, or a weight above 0 for labels"
+    assert complaints({"train.class_weights": wrong}) == [f"job.yaml: train.class_weights: found {wrong!r}, {needed}"]
+
+
+def test_an_adapter_sits_where_peft_says_or_on_modules_by_name() -> None:
+    for modules in ("auto", ["query", "value"]):
+        adapter = make({"adapter.target_modules": modules}).adapter
+        assert adapter is not None
+        assert adapter.target_modules == modules
+    assert make({}).adapter is None
+
+
+@pytest.mark.parametrize("wrong", ["query", None, 1, [], ["query", 1], {"query": 1}], ids=repr)
+def test_any_other_target_modules_get_one_line_that_says_what_they_may_be(wrong: object) -> None:
+    needed = "needed auto or a list of module names"
+    assert complaints({"adapter.target_modules": wrong}) == [
+        f"job.yaml: adapter.target_modules: found {wrong!r}, {needed}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"adapter": "lora"}, "adapter: found 'lora', needed keys and values"),
+        ({"adapter.type": "qlora"}, "adapter.type: found 'qlora', needed 'lora', 'dora' or 'ia3'"),
+        ({"adapter.r": 0}, "adapter.r: found 0, needed "),
+        ({"train.batching": "tokens"}, "train.batching: found 'tokens', needed keys and values"),
+        ({"train.batching.mode": "words"}, "train.batching.mode: found 'words', needed 'rows' or 'tokens'"),
+        ({"train.batching.max_tokens": 0}, "train.batching.max_tokens: found 0, needed "),
+        ({"train.max_tokens": 9}, "unknown key 'train.max_tokens'; did you mean 'train.batching.max_tokens'?"),
+        ({"train.layerwise_lr_decay": 1.1}, "train.layerwise_lr_decay: found 1.1, needed "),
+        ({"train.max_grad_norm": 0}, "train.max_grad_norm: found 0, needed "),
+        ({"train.label_smoothing": 1}, "train.label_smoothing: found 1, needed "),
+        ({"train.max_skipped_steps": -1}, "train.max_skipped_steps: found -1, needed "),
+        ({"train.early_stopping_patience": 0}, "train.early_stopping_patience: found 0, needed "),
+        ({"train.checkpoint_budget_gib": 0}, "train.checkpoint_budget_gib: found 0, needed "),
+        ({"scale.collective_timeout_s": 4}, "scale.collective_timeout_s: found 4, needed "),
+        ({"scale.offload": "disk"}, "scale.offload: found 'disk', needed 'none', 'cpu' or 'nvme'"),
+        ({"tracking": ["comet"]}, "tracking.0: found 'comet', needed 'tensorboard', 'mlflow' or 'wandb'"),
+    ],
+)
+def test_a_wrong_value_of_the_training_engine_is_one_line_with_its_key(changes: dict[str, Any], words: str) -> None:
+    (line,) = complaints(changes)
+    assert words in line
 
 
 @pytest.mark.parametrize(
@@ -265,7 +344,18 @@ def test_yaml_without_a_dot_in_the_mantissa_is_still_a_number(file: Path) -> Non
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, SEARCH, {"freeze": {"layers": 2}}, {"freeze": {"patterns": ["a"]}}, {"train.checkpoint_every": 9}],
+    [
+        {},
+        SEARCH,
+        {"freeze": {"layers": 2}},
+        {"freeze": {"patterns": ["a"]}},
+        {"freeze": {"bitfit": True}},
+        {"train.checkpoint_every": 9},
+        {"train.class_weights": {"joy": 2}},
+        {"scale.workers": [1, 4]},
+        {"adapter": {"type": "dora", "target_modules": ["query"]}},
+        {"tracking": []},
+    ],
     ids=repr,
 )
 def test_a_job_comes_back_equal_from_json(changes: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ JOB = {
     "task": "text-classification",
     "data": {"files": {"train": "a.csv"}},
     "freeze": {"layers": 1},
+    "adapter": {},
     "tune": {"space": {"train.learning_rate": {"loguniform": [1e-5, 1e-3]}}},
 }
 
@@ -42,11 +43,15 @@ def replaced(section: Section, path: tuple[str, ...], value: object) -> Any:
 def test_the_digest_changes_with_every_value_and_the_training_digest_with_those_that_train() -> None:
     job = validate(JobConfig, JOB, "job")
     paths = list(leaves(job))
-    assert len(paths) > 40
+    assert len(paths) > 60
+    assert ("adapter", "merge") in paths
+    assert ("train", "batching", "max_tokens") in paths
     for path in paths:
         other = replaced(job, path, "something else")
         assert other.digest() != job.digest(), path
-        trains = path[0] not in ("registry", "storage", "tune", "hub", "scale", "tracking") and "checkpoint" not in path[-1]
+        trains = (
+            path[0] not in ("registry", "storage", "tune", "hub", "scale", "tracking") and "checkpoint" not in path[-1]
+        )
         assert (other.training_digest() != job.training_digest()) == trains, path
 
 

@@ -38,7 +38,14 @@ LAYERS = (
 )
 # The one pair on the same step: an engine pads and moves tensors as evaluation does.
 NEIGHBOURS = {("serving.engine", "training.scoring")}
-RAY = {"training/run.py", "tuning/run.py", "serving/app.py", "serving/batch.py", "cluster/submit.py"}
+RAY = {
+    "training/run.py",
+    "training/workers.py",
+    "tuning/run.py",
+    "serving/app.py",
+    "serving/batch.py",
+    "cluster/submit.py",
+}
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 
 

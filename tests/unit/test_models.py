@@ -105,7 +105,7 @@ def test_more_tokens_than_positions_are_refused_and_as_many_fit(
     limit = json.loads((bases[architecture] / "config.json").read_text()).get("max_position_embeddings", 80)
     limit -= architecture == "roberta"
     job = shared_job.with_values({"model.base": str(bases[architecture]), "data.max_length": limit})
-    model = prepare(job).start.model(None)
+    model = prepare(job).start.model()
     assert model(input_ids=torch.full((1, limit), 5)).logits.shape == (1, 6)
     with pytest.raises(ConfigError) as caught:
         prepare(job.with_values({"data.max_length": limit + 1}))
@@ -136,7 +136,7 @@ def test_gpt2_gets_a_padding_token_and_reads_a_padded_batch(shared_job: JobConfi
     assert (found.pad_token, found.pad_token_id) == ("[SEP]", 3)
     ready = prepare(shared_job.with_values({"model.base": str(folder)}))
     assert ready.rows.pad_id == 3
-    model: Any = ready.start.model(None).eval()
+    model: Any = ready.start.model().eval()
     assert model.config.pad_token_id == 3
     batch = found(["i feel happy", "i feel so very happy today"], padding=True, return_tensors="pt")
     alone = found(["i feel happy"], return_tensors="pt")

@@ -105,14 +105,14 @@ def test_changed_rows_or_another_base_make_another_run_and_more_workers_do_not(t
 
 
 def test_rows_whose_labels_changed_since_are_scored_under_the_models_names_or_refused(tmp_path: Path) -> None:
-    from banjoray.training.loop import save_model
+    from banjoray.training.export import save_model
     from banjoray.training.scoring import score_folder
 
     job = make_job(tmp_path)
     ready = prepare(job)
-    model = ready.start.model(None)
+    model = ready.start.model()
     folder = tmp_path / "trained"
-    save_model(model, dict(model.state_dict()), ready.start.tokenizer, job, folder)
+    save_model(model, ready.start.tokenizer, job, folder)
     before, _ = score_folder(folder, job, "test")
     assert job.data.files is not None
     kept = [row for row in sample_rows("train") if row["label"] != "anger"]

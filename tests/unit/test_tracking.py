@@ -16,7 +16,8 @@ from banjoray.config.job import JobConfig
 from banjoray.config.section import validate
 from banjoray.errors import ConfigError
 from banjoray.training import tracking
-from banjoray.training.tracking import Trackers, check_trackers, open_trackers
+from banjoray.training.interface import Callbacks, Moment
+from banjoray.training.tracking import Trackers, check_trackers, open_trackers, tracked
 
 TREE = {"name": "tiny", "task": "text-classification", "data": {"source": "banjoray:emotion"}}
 JOB = validate(JobConfig, TREE | {"train": {"class_weights": {"joy!": 2.0}}}, "job")
@@ -219,6 +220,37 @@ def test_the_end_of_a_run_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch
     assert lines == ["tracking: stuck did not take everything in 0 s; the rest is lost"]
 
 
+def moment(step: int) -> Moment:
+    return Moment(step, 9, 1, 3, loss=1 / step, learning_rate=1e-3, rows_per_s=80.0, padding=0.1, gradient_norm=2.0)
+
+
+def test_a_job_without_trackers_tells_nobody_else(tmp_path: Path) -> None:
+    seen: list[Moment] = []
+    with tracked(JOB.with_values({"tracking": []}), str(tmp_path), Callbacks(watch=seen.append)) as callbacks:
+        callbacks.watch(moment(1))
+        callbacks.scored(1, {"f1_macro": 0.5})
+    assert seen == [moment(1)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_trackers_of_a_job_hear_what_its_callbacks_hear(tmp_path: Path) -> None:
+    seen: list[Moment] = []
+    scores: list[tuple[int, dict[str, float]]] = []
+    told = Callbacks(watch=seen.append, scored=lambda step, metrics: scores.append((step, metrics)))
+    with tracked(JOB, str(tmp_path), told) as callbacks:
+        for step in (4, 5, 6):
+            callbacks.watch(moment(step))
+        callbacks.scored(6, {"f1_macro": 0.5})
+    assert seen == [moment(4), moment(5), moment(6)]
+    assert scores == [(6, {"f1_macro": 0.5})]
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    found = scalars(file.read_bytes())
+    assert found["train/gradient_norm"] == {4: 2.0, 5: 2.0, 6: 2.0}
+    assert found["epoch/f1_macro"] == {6: 0.5}
+    # What an earlier attempt told of these steps is dropped.
+    assert [event.step for event in events(file.read_bytes()) if event.HasField("session_log")] == [4]
+
+
 @pytest.mark.parametrize(
     ("kind", "module"), [("tensorboard", "tensorboardX"), ("mlflow", "mlflow"), ("wandb", "wandb")]
 )
@@ -331,7 +363,7 @@ def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wandb_writes_a_run_of_the_same_name_without_a_server(tmp_path: Path) -> None:
     check_trackers(["wandb"])
     told_run("wandb", str(tmp_path), range(1, 11))
-    (log,) = (tmp_path / "wandb").glob("offline-run-*-tiny-1/run-tiny-1.wandb")
+    (log,) = (tmp_path / "wandb").glob("offline-run-*-tiny-1-*/run-tiny-1-*.wandb")
     content = log.read_bytes()
     for part in (b"train/loss", b"epoch/f1_macro", b"max_skipped_steps"):
         assert part in content
@@ -341,5 +373,16 @@ def test_wandb_writes_a_run_of_the_same_name_without_a_server(tmp_path: Path) ->
 def test_wandb_files_of_a_run_behind_a_url_are_kept_beside_it() -> None:
     told_run("wandb", "memory://wandb/tiny-1", range(1, 3), failed=True)
     filesystem, root = fsspec.core.url_to_fs("memory://wandb/tiny-1")
-    (log,) = filesystem.glob(f"{root}/wandb/offline-run-*-tiny-1/run-tiny-1.wandb")
+    (log,) = filesystem.glob(f"{root}/wandb/offline-run-*-tiny-1-*/run-tiny-1-*.wandb")
     assert b"train/loss" in filesystem.cat_file(log)
+
+
+@pytest.mark.usefixtures("wandb_offline")
+def test_wandb_knows_a_resumed_run_again_and_no_other_run_of_the_same_name(tmp_path: Path) -> None:
+    def ids(folder: str) -> set[str]:
+        return {log.stem.removeprefix("run-") for log in (tmp_path / folder / "wandb").glob("offline-run-*/*.wandb")}
+
+    for folder in ("mine", "mine", "yours"):
+        told_run("wandb", str(tmp_path / folder), range(1, 3))
+    assert (len(ids("mine")), len(ids("yours"))) == (1, 1)
+    assert ids("mine") != ids("yours")

@@ -115,9 +115,9 @@ class JobConfig(Section):
     adapter: AdapterConfig | None = Field(None, description="Train a PEFT adapter and the head; null: the weights.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="How the weights are changed.")
     scale: ScaleConfig = Field(default_factory=ScaleConfig, description="On how many workers.")
-    tracking: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
-        default_factory=lambda: ["tensorboard"],
-        description="Who is told every step: tensorboard files in the run's folder, an MLflow server, Weights & Biases.",
+    tracking: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        ("tensorboard",),
+        description="Who is told of every step: tensorboard (files in the run's folder), mlflow (a server), wandb.",
     )
     tune: SearchConfig | None = Field(None, description="What `banjoray tune` searches.")
     storage: str = Field("./runs", description="Folder or fsspec URL for runs: checkpoints, results, token cache.")

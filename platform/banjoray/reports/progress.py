@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from banjoray.training.loop import Moment
+from banjoray.training.interface import Moment
 
 LINES = 10
 
@@ -37,10 +37,11 @@ class RunProgress:
         self._note = ""
 
     def __call__(self, moment: Moment) -> None:
-        """Show a moment; a note (precision, resumed from where) is shown once."""
-        if moment.note and moment.note != self._note:
+        """Show a moment; a note (precision, resumed from where) is shown once, and of a longer one what is new."""
+        new = moment.note.removeprefix(self._note).removeprefix("; ")
+        if new:
             self._note = moment.note
-            self._console.print(f"  {moment.note}", highlight=False)
+            self._console.print(f"  {new}", highlight=False, markup=False, soft_wrap=True)
         told = f"loss {moment.loss:.3f}  lr {moment.learning_rate:.1e}  {moment.rows_per_s:.0f} rows/s"
         told += f"  pad {moment.padding * 100:.0f} %"
         left = self._left(moment)

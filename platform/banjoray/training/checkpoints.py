@@ -31,9 +31,9 @@ class Position:
     """Where a run stands: ``step`` optimizer steps are done, the next batch is ``batch`` of ``epoch``.
 
     ``loss`` sums the losses of the steps done in this epoch; ``history`` has one entry per finished epoch: its metrics
-    and training loss. ``skipped`` steps changed nothing, ``broken`` of them since their loss or gradients were no numbers
-    (the others look for fp16's loss scale); ``decay`` is the number by which weight decay has multiplied
-    the rows of a word table that no text uses.
+    and training loss. ``skipped`` steps changed nothing, ``broken`` of them since their loss or gradients were no
+    numbers (the others look for fp16's loss scale); ``decay`` is the number by which weight decay has multiplied the
+    rows of a word table that no text uses.
     """
 
     step: int = 0

@@ -66,7 +66,7 @@ class FastDropout(TorchFunctionMode):
             return cells
         if p == 1 or cells.element_size() not in (2, 4):
             return functional.dropout(cells, p, training, inplace)
-        masked: Tensor = _Masked.apply(cells, p, self._bits)
+        masked: Tensor = _Masked.apply(cells, p, self._bits)  # type: ignore[no-untyped-call]
         return masked
 
     def _attention(
@@ -78,7 +78,7 @@ class FastDropout(TorchFunctionMode):
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
-        enable_gqa: bool = False,  # noqa: ARG002
+        enable_gqa: bool = False,
     ) -> Tensor:
         """What `scaled_dot_product_attention` is defined as, softmax in fp32; (..., heads, tokens, width)."""
         scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)

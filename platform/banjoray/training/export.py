@@ -16,8 +16,6 @@ def export(job: JobConfig, model: Any, tokenizer: Any, checkpoint: Checkpoint, f
     ``model`` is a fresh one, as training starts from. Adapters are merged into the weights; with ``adapter.merge``
     false they are written beside them too. Raises TrainingFailed if frozen weights are not what they were in training.
     """
-    import yaml
-
     frozen = Learned.of(model, None).frozen
     load(model, files, None, checkpoint.position.decay)
     parameters = dict(model.named_parameters())
@@ -35,11 +33,18 @@ def export(job: JobConfig, model: Any, tokenizer: Any, checkpoint: Checkpoint, f
         if not job.adapter.merge:
             save_adapter(model, staging / "adapter", job.model.base)
         merge(model)
-    model.save_pretrained(staging)
+    save_model(model, tokenizer, job, staging)
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+
+
+def save_model(model: Any, tokenizer: Any, job: JobConfig, folder: Path) -> None:
+    """A folder that `from_pretrained` reads, with the resolved job beside the weights."""
+    import yaml
+
+    model.save_pretrained(folder)
     if tokenizer.is_fast:
         # Where it cut rows would be saved with it if it made the tokens, but not if they came from the cache.
         tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.save_pretrained(staging)
-    (staging / "job.yaml").write_text(yaml.safe_dump(job.to_json(), sort_keys=False), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "job.yaml").write_text(yaml.safe_dump(job.to_json(), sort_keys=False), encoding="utf-8")

@@ -32,7 +32,8 @@ class Learned:
     def of(cls, model: Any, vocabulary: Vocabulary | None) -> "Learned":
         """Of a model whose freezing and adapters are in place."""
         inside = f"{model.base_model_prefix}."
-        frozen, kept = [], []
+        frozen: list[str] = []
+        kept: list[str] = []
         for name, parameter in model.named_parameters():
             (kept if parameter.requires_grad or not name.startswith(inside) else frozen).append(name)
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -64,7 +64,7 @@ def _fit(
     if found and folder:
         load(model, folder, learned.vocabulary, found.position.decay)
     if job.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        model.activation_checkpointing_enable()  # type: ignore[operator]
     strategy = build(job, model, choice.precision)
     with Saver() as saver:
         session = _Session(job, rows, task, strategy, store, saver, learned, calls)

@@ -73,7 +73,7 @@ class DataParallel:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self._scale is not None:
-            torch._amp_update_scale_(self._scale, self._held, broken, 2.0, 0.5, STEPS_TO_DOUBLE)  # noqa: SLF001
+            torch._amp_update_scale_(self._scale, self._held, broken, 2.0, 0.5, STEPS_TO_DOUBLE)
         return float(norm)
 
     def weights(self, names: Collection[str]) -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ class FullySharded:
         sharded.set_requires_gradient_sync(last)
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype is not None):
             loss = forward(self.module)
-        (loss * self.workers).backward()
+        (loss * self.workers).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def step(self, learning_rate: float) -> float:

@@ -11,7 +11,7 @@ from banjoray.config.job import JobConfig, is_url
 from banjoray.data.splits import Splits, load_splits
 from banjoray.data.tokens import cached_tokens, token_cache
 from banjoray.errors import ConfigError
-from banjoray.models.freezing import freeze_parameters
+from banjoray.models.freezing import count_weights, freeze_parameters
 from banjoray.models.loading import (
     Base,
     base_config,
@@ -25,6 +25,7 @@ from banjoray.models.loading import (
 from banjoray.tasks.task import Task, check_metrics, task_for
 from banjoray.training.interface import Rows, Start
 from banjoray.training.objective import row_weights
+from banjoray.training.tracking import check_trackers
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def prepare(job: JobConfig) -> Ready:
     Raises ConfigError, DataError or ModelError, whichever is found first; nothing has been started by then.
     """
     check_metrics(job)
+    check_trackers(job.tracking)
     # Before anything imports huggingface_hub, which reads its settings at import.
     token = use_hub(job.hub)
     quiet_libraries()
@@ -96,8 +98,7 @@ def _shaped(job: JobConfig, model: Any) -> tuple[int, int]:
     from banjoray.models.adapters import attach
 
     attach(model, job.adapter, job.freeze, job.train.seed)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+    return count_weights(model)
 
 
 def check_places(job: JobConfig) -> None:

@@ -15,7 +15,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ import fsspec
 
 from banjoray.config.job import JobConfig, is_url
 from banjoray.errors import ConfigError
+from banjoray.training.interface import Callbacks, Moment
 
 # What each kind needs: the module that is imported, which is also what pip installs.
 MODULES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
@@ -64,6 +66,38 @@ def open_trackers(
         "wandb": lambda: _WandB(folder, run, job),
     }
     return Trackers({kind: makers[kind] for kind in kinds}, say)
+
+
+@contextmanager
+def tracked(job: JobConfig, folder: str, callbacks: Callbacks) -> Iterator[Callbacks]:
+    """``callbacks`` that tell the job's trackers too, while the block runs, of the run whose folder that is.
+
+    They are opened with the first step that rank 0 tells of; a tracker that fails is named in the notes of moments.
+    """
+    opened: list[Trackers] = []
+    notes: list[str] = []
+
+    def watch(moment: Moment) -> None:
+        if not opened and job.tracking:
+            run = folder.rstrip("/").rsplit("/", 1)[-1]
+            opened.append(open_trackers(job.tracking, folder, run, job, moment.step - 1, notes.append))
+        for trackers in opened:
+            names = ("loss", "learning_rate", "gradient_norm", "rows_per_s", "padding")
+            trackers.step(moment.step, {name: getattr(moment, name) for name in names})
+        callbacks.watch(replace(moment, note="; ".join([moment.note, *notes])))
+
+    def scored(step: int, metrics: dict[str, float]) -> None:
+        for trackers in opened:
+            trackers.epoch(step, metrics)
+        callbacks.scored(step, metrics)
+
+    failed = True
+    try:
+        yield replace(callbacks, watch=watch, scored=scored)
+        failed = False
+    finally:
+        for trackers in opened:
+            trackers.close(failed)
 
 
 class Trackers:
@@ -234,17 +268,14 @@ class _MLflow(_Tracker):
 
         self._client: Any = mlflow.MlflowClient()
         self._waiting: list[_Told] = []
-        filesystem, root = fsspec.core.url_to_fs(folder)
-        place = f"{root}/mlflow.json"
-        self._run = json.loads(filesystem.cat_file(place))["run_id"] if filesystem.exists(place) else None
+        self._run = _kept(folder, "mlflow")
         if self._run:
             self._client.update_run(self._run, status="RUNNING")
         else:
             experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or job.name
             made = self._client.create_run(mlflow.set_experiment(experiment).experiment_id, run_name=run)
             self._run = made.info.run_id
-            filesystem.makedirs(root, exist_ok=True)
-            filesystem.pipe_file(place, json.dumps({"run_id": self._run}).encode())
+            _keep(folder, "mlflow", self._run)
             self._tell_job(job)
         self._done = {kind: self._last(kind) for kind in ("train", "epoch")}
 
@@ -287,7 +318,7 @@ class _MLflow(_Tracker):
 
 
 class _WandB(_Tracker):
-    """A run at Weights & Biases with the run's own id; key, project and mode may be in wandb's own variables."""
+    """A run at Weights & Biases, found again by ``<folder>/wandb.json``; key and mode are in wandb's own variables."""
 
     def __init__(self, folder: str, run: str, job: JobConfig) -> None:
         import wandb
@@ -297,8 +328,12 @@ class _WandB(_Tracker):
         local = Path(self._temporary.name if self._temporary else folder.removeprefix("file://"))
         local.mkdir(parents=True, exist_ok=True)
         self._local = local / "wandb"
+        # The run's name alone is used again where the folder of runs was emptied, or is another: wandb would go on
+        # with the curves of a run that has nothing to do with this one.
+        kept = _kept(folder, "wandb") or f"{run}-{secrets.token_hex(4)}"
+        _keep(folder, "wandb", kept)
         self._run = wandb.init(
-            id=run,
+            id=kept,
             name=run,
             project=None if os.environ.get("WANDB_PROJECT") else job.name,
             resume="allow",
@@ -307,7 +342,8 @@ class _WandB(_Tracker):
             reinit="create_new",
             settings=wandb.Settings(console="off", silent=True),
         )
-        self.notes = (f"wandb shows the run at {self._run.url}",) if self._run.url else ()
+        self._offline = self._run.offline
+        self.notes = () if self._offline else (f"wandb shows the run at {self._run.url}",)
         # A resumed run's next step: wandb warns of every step before it, and ignores it.
         self._first = self._run.step
 
@@ -319,10 +355,14 @@ class _WandB(_Tracker):
         """Nothing to do: wandb sends by itself."""
 
     def close(self, failed: bool) -> None:
-        offline = self._run.offline
         self._run.finish(exit_code=int(failed))
-        if self._url and offline:
-            _send(self._local, self._url)
+        if self._offline:
+            import wandb
+
+            # Offline, finish comes back before its process has written the run (wandb 0.31); this waits for it.
+            wandb.teardown()
+            if self._url:
+                _send(self._local, self._url)
         if self._temporary:
             self._temporary.cleanup()
 
@@ -334,6 +374,19 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, str(value)
+
+
+def _kept(folder: str, kind: str) -> str | None:
+    """The id that a tracker knows the run by, if an earlier attempt left one in the run's folder."""
+    filesystem, root = fsspec.core.url_to_fs(folder)
+    place = f"{root}/{kind}.json"
+    return str(json.loads(filesystem.cat_file(place))["run_id"]) if filesystem.exists(place) else None
+
+
+def _keep(folder: str, kind: str, identity: str) -> None:
+    filesystem, root = fsspec.core.url_to_fs(folder)
+    filesystem.makedirs(root, exist_ok=True)
+    filesystem.pipe_file(f"{root}/{kind}.json", json.dumps({"run_id": identity}).encode())
 
 
 def _send(folder: Path, url: str) -> None:

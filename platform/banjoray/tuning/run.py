@@ -18,10 +18,11 @@ from banjoray.training.interface import Callbacks, FitResult
 from banjoray.training.loop import fit
 from banjoray.training.preflight import prepare
 from banjoray.training.registering import gate_and_register
-from banjoray.training.run import best_folder, cluster, fit_on_ray, rescored
+from banjoray.training.run import best_folder, cluster, rescored
 from banjoray.training.runs import Run, claim_run
 from banjoray.training.strategies import choose_precision
 from banjoray.training.tracking import tracked
+from banjoray.training.workers import fit_on_ray
 from banjoray.tuning.space import STRUCTURAL, corner_jobs, search_of
 from ray import tune as ray_tune
 

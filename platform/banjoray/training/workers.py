@@ -1,0 +1,188 @@
+"""The loop on a group of Ray Train workers: what they tell the driver, and what it tells them."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray.train
+import ray.train.torch
+
+import ray
+from banjoray.config.job import JobConfig
+from banjoray.errors import BanjorayError, TrainingFailed
+from banjoray.training.interface import Callbacks, FitResult, Moment
+from banjoray.training.loop import fit
+from banjoray.training.preflight import prepare
+from banjoray.training.signals import catch_sigterm, sigterm_is_a_wish
+from banjoray.training.tracking import tracked
+
+# Ray Train (in the driver) and Ray Tune (in a trial) read this: "0" leaves a worker in the working directory of the
+# job, so that a relative path means the same there as in the driver.
+STAY = "RAY_CHDIR_TO_TRIAL_DIR"
+
+Watch = Callable[[Moment], None]
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Between rank 0 and the driver: how far the run is, and whether it has to end."""
+
+    def __init__(self) -> None:
+        self._latest: Moment | None = None
+        self._stop = False
+
+    def put(self, moment: Moment) -> bool:
+        self._latest = moment
+        return self._stop
+
+    def latest(self) -> Moment | None:
+        return self._latest
+
+    def stop(self) -> None:
+        self._stop = True
+
+    def stopping(self) -> bool:
+        return self._stop
+
+
+class _Line:
+    """A worker's end of the board; asks without waiting for the answer."""
+
+    def __init__(self, board: Any) -> None:
+        self._board, self._sent, self._stop = board, 0.0, False
+        self._answer: Any = None
+
+    def watch(self, moment: Moment) -> None:
+        """Tell the driver, a few times a second."""
+        if time.monotonic() - self._sent > 0.3 or moment.step == moment.steps:
+            self._answer = self._board.put.remote(moment)
+            self._sent = time.monotonic()
+
+    def stopping(self) -> bool:
+        """Whether the driver's last answer was that the run has to end."""
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._stop, self._answer = bool(ray.get(self._answer)), None
+        return self._stop
+
+
+def _work(settings: dict[str, Any]) -> FitResult:
+    """What every Ray Train worker runs."""
+    import torch
+
+    job: JobConfig = settings["job"]
+    torch.set_num_threads(job.scale.cpus_per_worker)
+    ready = prepare(job)
+    line = _Line(settings["board"])
+    with sigterm_is_a_wish() as told:
+        callbacks = Callbacks(
+            # Nobody but Tune reads what is reported to Ray, and every report waits for its controller.
+            report=ray.train.report if settings["reports"] else lambda metrics: None,
+            watch=line.watch,
+            should_stop=lambda: told.is_set() or line.stopping(),
+            exact=settings["exact"],
+        )
+        with tracked(job, settings["run"], callbacks) as watched:
+            result = fit(job, ready.rows, ready.task, ready.start, settings["run"], watched)
+    if result.stopped and not ray.get(settings["board"].stopping.remote()):
+        raise TrainingFailed(f"a worker got a SIGTERM; the checkpoint of step {result.steps} is kept")
+    return result
+
+
+class _Group(ray.train.torch.TorchConfig):
+    """Ray Train's process group, whose workers take a SIGTERM as a wish."""
+
+    @property
+    def backend_cls(self) -> Any:
+        """Ray's own backend, and one call more in every worker."""
+        return _Backend
+
+
+class _Backend(ray.train.torch.TorchConfig().backend_cls):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_start(worker_group, backend_config)
+        # Runs in the workers' main threads, where signals arrive; the loop runs in another.
+        worker_group.execute(catch_sigterm)
+
+
+def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] = (), exact: bool = False) -> FitResult:
+    """The loop on Ray Train, in folder ``run``; a dead worker restarts all of them from the newest checkpoint.
+
+    ``callbacks`` are Ray Train's. Raises TrainingFailed when every retry is used up.
+    """
+    # Ray Train's controller takes reports in this often, 2 s unless told, and workers wait for it after every epoch.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ[STAY] = "0"
+    board = _Board.remote()  # type: ignore[attr-defined]
+    scale = job.scale
+    workers: Any = scale.workers
+    # Typed for functions that return nothing; what rank 0 returns is in Result.return_value.
+    worker: Any = _work
+    trainer = ray.train.torch.TorchTrainer(
+        worker,
+        train_loop_config={"job": job, "run": run, "board": board, "reports": bool(callbacks), "exact": exact},
+        torch_config=_Group(timeout_s=scale.collective_timeout_s),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=scale.gpus_per_worker > 0,
+            resources_per_worker={"CPU": scale.cpus_per_worker} | ({"GPU": 1} if scale.gpus_per_worker else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=run,
+            callbacks=list(callbacks),
+            failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
+        ),
+    )
+    try:
+        with _watching(board, watch):
+            result: Any = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _cause(error, run) from error
+    found: FitResult = result.return_value
+    return found
+
+
+@contextmanager
+def _watching(board: Any, watch: Watch) -> Iterator[None]:
+    """Show what is on the board while the block runs, and pass a SIGTERM on to the workers as a wish."""
+    done = threading.Event()
+
+    def poll(told: threading.Event) -> None:
+        seen: Moment | None = None
+        passed = False
+        while not done.wait(0.3):
+            if told.is_set() and not passed:
+                board.stop.remote()
+                passed = True
+            latest = ray.get(board.latest.remote())
+            if latest is not None and latest != seen:
+                watch(latest)
+                seen = latest
+
+    with sigterm_is_a_wish() as told:
+        thread = threading.Thread(target=poll, args=(told,), name="banjoray-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def _cause(error: Exception, run: str) -> BanjorayError:
+    """What a worker said as one of our errors; else the first worker's failure, as one.
+
+    When one worker fails, the others fail too, with a lost connection; so ours are looked for on all of them first.
+    """
+    # Ray Train wraps what a worker raised, to keep its traceback.
+    failures = {rank: getattr(e, "_base_exc", e) for rank, e in sorted(getattr(error, "worker_failures", {}).items())}
+    for failure in failures.values():
+        if isinstance(failure, BanjorayError):
+            return failure
+    for rank, failure in failures.items():
+        reason = str(failure).strip().splitlines()[-1] if str(failure).strip() else type(failure).__name__
+        return TrainingFailed(f"worker {rank} failed: {reason}. Checkpoints so far: {run}/checkpoints")
+    return TrainingFailed(f"training failed: {error}")
