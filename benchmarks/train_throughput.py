@@ -235,9 +235,9 @@ def machine(gpu: bool) -> str:
         return f"{torch.cuda.get_device_name(0)}, {THREADS} CPU cores"
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    facts = {key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in lines) if colon}
-    native = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in facts.get("flags", "").split()]
-    return ", ".join([facts.get("model name", platform.machine()), f"{THREADS} cores", *native[:1]])
+    known = {key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in lines) if colon}
+    native = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in known.get("flags", "").split()]
+    return ", ".join([known.get("model name", platform.machine()), f"{THREADS} cores", *native[:1]])
 
 
 if __name__ == "__main__":

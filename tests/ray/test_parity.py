@@ -71,8 +71,8 @@ def outcome(
         return {"name": name, "job": job, "run": folder / "runs" / f"{name}-{workers}", "largest_share": share}
 
     return Outcome(
-        launch(folder / "alone", 1, [case(1, f"ddp-{variant}") for variant in VARIANTS]),
-        launch(folder / "paired", 2, [case(2, name) for name in CASES]),
+        launch(folder / "alone", [case(1, f"ddp-{variant}") for variant in VARIANTS]),
+        launch(folder / "paired", [case(2, name) for name in CASES]),
         load_file(base / "model.safetensors"),
         folder / "runs",
     )

@@ -15,7 +15,7 @@ import pytest
 from banjoray.config.job import JobConfig
 from banjoray.config.section import validate
 from banjoray.errors import ConfigError
-from banjoray.training import tracking
+from banjoray.training import trackers, tracking
 from banjoray.training.interface import Callbacks, Moment
 from banjoray.training.tracking import Trackers, check_trackers, open_trackers, tracked
 
@@ -332,7 +332,7 @@ def test_mlflow_goes_on_with_the_run_and_is_told_no_step_twice(mlflow_store: Any
 def test_mlflow_gets_long_values_cut_rather_than_refused(
     mlflow_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "VALUE_LIMIT", 3)
+    monkeypatch.setattr(trackers, "VALUE_LIMIT", 3)
     told_run("mlflow", str(tmp_path / "run"), range(1, 2))
     (run,) = mlflow_runs(mlflow_store)
     assert run.data.params["train.schedule"] == "lin"

@@ -1,5 +1,6 @@
 """The sections of a job file that say how a model learns: what is trained, how weights change, on how many workers."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ def clear_freeze(value: Any) -> Any:
     if isinstance(value, Section) or value in ("none", "embeddings", "backbone"):
         return value
     match value:
-        case {"layers": int(count)} if len(value) == 1 and count >= 0:
+        case {"layers": int(count)} if len(value) == 1 and count >= 0 and count is not True and count is not False:
             return value
         case {"patterns": [*patterns]} if len(value) == 1 and patterns and all(isinstance(p, str) for p in patterns):
             return value
@@ -139,12 +140,17 @@ class TrainConfig(Section):
             raise ValueError(f"needs 'epoch' or a number of steps >= 1, found {value}")
         return value
 
+    @field_validator("torch_compile", mode="before")
+    @classmethod
+    def _yaml_booleans(cls, value: Any) -> Any:
+        # YAML 1.1 reads on and off as true and false.
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
     @field_validator("class_weights", mode="before")
     @classmethod
     def _positive_weights(cls, value: Any) -> Any:
-        numbers = isinstance(value, Mapping) and all(
-            isinstance(weight, int | float) and not isinstance(weight, bool) and weight > 0 for weight in value.values()
-        )
+        kinds = (int, float)
+        numbers = isinstance(value, Mapping) and all(type(w) in kinds and 0 < w < math.inf for w in value.values())
         if value in ("none", "balanced") or (numbers and value):
             return value
         raise ValueError(f"found {value!r}, needed none, balanced, or a weight above 0 for labels")

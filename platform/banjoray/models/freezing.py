@@ -27,7 +27,7 @@ def frozen_names(model: Any, freeze: Freeze) -> set[str]:
             return _lowest(model, base, count)
         case FreezePatterns(patterns=patterns):
             return {name for pattern in patterns for name in _matching(names, base, pattern)}
-        case FreezeBitfit():
+        case FreezeBitfit(bitfit=True):
             return _all_but_biases(model, [name for name in names if name.startswith(base)])
 
 
