@@ -26,6 +26,8 @@ def pytest_configure() -> None:
     """
     _caches.append(tempfile.mkdtemp(prefix="banjoray-datasets-"))
     os.environ["HF_DATASETS_CACHE"] = _caches[0]
+    # Before torch is imported: threads that spin while they wait take the cores from Ray's workers.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_unconfigure() -> None:

@@ -12,9 +12,11 @@ from banjoray.config.train import TrainConfig
 from banjoray.data.tokens import Tokens
 
 # Rows are shuffled, then sorted by length within groups of this many batches. Larger groups pad less and
-# shuffle less; at most 50 batches, and at least 4 groups, is what transformers' LengthGroupedSampler uses.
-GROUP_BATCHES = 50
-GROUPS = 4
+# shuffle less. transformers' LengthGroupedSampler has at most 50 batches and at least 4 groups, with which 10.5 % of the
+# cells of 2,000 emotion rows are padding (3.2 % of 16,000); here it is 5.6 % (1.6 %).
+GROUP_BATCHES, GROUPS = 100, 2
+# Batches of a number of tokens hold more of the short rows, which would meet each other again in the next epoch.
+TOKEN_GROUP_BATCHES, TOKEN_GROUPS = 50, 4
 
 
 def batches_of(lengths: np.ndarray, train: TrainConfig, epoch: int) -> list[np.ndarray]:
@@ -53,7 +55,7 @@ def token_batches(lengths: np.ndarray, max_tokens: int, seed: int, epoch: int) -
     order = generator.permutation(len(lengths))
     if not len(order):
         return []
-    rows = min(GROUP_BATCHES * max_tokens / max(1.0, float(lengths.mean())), len(order) / GROUPS)
+    rows = min(TOKEN_GROUP_BATCHES * max_tokens / max(1.0, float(lengths.mean())), len(order) / TOKEN_GROUPS)
     size = max(1, int(rows))
     for number, start in enumerate(range(0, len(order), size)):
         group = order[start : start + size]

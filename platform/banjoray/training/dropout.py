@@ -27,11 +27,10 @@ class _Masked(torch.autograd.Function):
         numbers = torch.from_numpy(drawn.view(np.int16 if whole == torch.int16 else np.int32)[: cells.numel()])
         width = 1 << (8 * cells.element_size())
         dropped = round(share * width)
-        # 0 or -1, that is no bit or all bits: writing the comparison into whole numbers is 5 times faster than a
-        # bool that has to be converted.
+        # 0 or 1: writing the comparison into whole numbers is 5 times faster than a bool that has to be converted.
         mask = torch.empty(cells.shape, dtype=whole)
         torch.ge(numbers.view(cells.shape), dropped - width // 2, out=mask)
-        context.mask, context.scale = mask.neg_(), width / (width - dropped)
+        context.mask, context.scale = mask, width / (width - dropped)
         return _apply(cells, mask, context.scale)
 
     @staticmethod
@@ -41,7 +40,8 @@ class _Masked(torch.autograd.Function):
 
 
 def _apply(cells: Tensor, mask: Tensor, scale: float) -> Tensor:
-    kept = (cells.contiguous().view(mask.dtype) & mask).view(cells.dtype)
+    # A number's bits times 1 are the number, times 0 they are 0.
+    kept = (cells.contiguous().view(mask.dtype) * mask).view(cells.dtype)
     return kept.mul_(scale)
 
 

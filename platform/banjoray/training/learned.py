@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from banjoray.errors import TrainingFailed
+from banjoray.models.blocks import base_prefix
 from banjoray.models.vocabulary import Vocabulary
 
 # Name, in the file of weights, of the rows that are left of a word table.
@@ -31,7 +32,7 @@ class Learned:
     @classmethod
     def of(cls, model: Any, vocabulary: Vocabulary | None) -> "Learned":
         """Of a model whose freezing and adapters are in place."""
-        inside = f"{model.base_model_prefix}."
+        inside = base_prefix(model)
         frozen: list[str] = []
         kept: list[str] = []
         for name, parameter in model.named_parameters():

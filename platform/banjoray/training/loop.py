@@ -55,6 +55,9 @@ def _fit(
     store = Store(run, notes.append)
     found = _agree(store.newest_whole)
     folder = store.local(found) if found else None
+    if job.scale.nvme_path:
+        # DeepSpeed's file names do not tell runs apart.
+        job = job.with_values({"scale.nvme_path": f"{job.scale.nvme_path}/{run.rstrip('/').rsplit('/', 1)[-1]}"})
     job = _microbatched(job, _agree(lambda: store.microbatches(job.train.gradient_accumulation_steps)), notes)
     choice = choose_precision(job.train.precision, job.scale.gpus_per_worker > 0)
     # from_pretrained hands out models in evaluation mode, without dropout.

@@ -22,7 +22,9 @@ from banjoray.models.loading import (
     sketch,
     use_hub,
 )
+from banjoray.models.vocabulary import narrow
 from banjoray.tasks.task import Task, check_metrics, task_for
+from banjoray.training.compatibility import check, check_budget
 from banjoray.training.interface import Rows, Start
 from banjoray.training.objective import row_weights
 from banjoray.training.tracking import check_trackers
@@ -51,6 +53,7 @@ def prepare(job: JobConfig) -> Ready:
 
     Raises ConfigError, DataError or ModelError, whichever is found first; nothing has been started by then.
     """
+    check(job)
     check_metrics(job)
     check_trackers(job.tracking)
     # Before anything imports huggingface_hub, which reads its settings at import.
@@ -63,11 +66,16 @@ def prepare(job: JobConfig) -> Ready:
     tokenizer = load_tokenizer(base)
     config = base_config(base, job, splits.labels, tokenizer.pad_token_id)
     _check_length(job, config)
-    trainable, weights = _shaped(job, sketch(config, task, job.model.trust_remote_code))
+    drawing = sketch(config, task, job.model.trust_remote_code)
+    trainable, weights = _shaped(job, drawing)
     row_weights(job, splits.train.targets, splits.labels)
     cache = token_cache(job)
     train = cached_tokens(splits.train, tokenizer, job.data.max_length, cache)
     validation = cached_tokens(splits.validation, tokenizer, job.data.max_length, cache)
+    if job.train.checkpoint_budget_gib:
+        # As the loop does: checkpoints hold the words in use alone.
+        narrow(drawing, (part.streams["input_ids"] for part in (train, validation)))
+        check_budget(job, count_weights(drawing)[0])
 
     def model() -> Any:
         loaded = load_for_training(base, config, task, job.train.seed)

@@ -1,6 +1,8 @@
 """DeepSpeed ZeRO under the same promises as every other strategy."""
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ class Zero:
             dist_init_required=False,
         )
         self.module = self.engine.module
+        _limit_waiting(job.scale.collective_timeout_s)
 
     def _config(self, job: JobConfig, precision: Precision) -> dict[str, Any]:
         rows = -(-job.train.batch_size // (self.workers * self._microbatches))
@@ -114,13 +117,25 @@ class Zero:
             return
         sharded, adam = self.engine.optimizer, self.engine.optimizer.optimizer
         flat = sharded.fp32_partitioned_groups_flat if self.stage == 3 else sharded.single_partition_of_fp32_groups
-        for shard in flat:
-            adam.state[shard] = fresh_state(shard, steps)
+        for number, shard in enumerate(flat):
+            with self._in_memory(number):
+                adam.state[shard] = fresh_state(shard, steps)
         self._link()
         for name, parameter in self._trained():
             for moment in MOMENTS:
                 value = moments[f"{moment}.{name}"].to(self.device)
                 safe_set_full_optimizer_state(parameter, value, moment)
+
+    @contextmanager
+    def _in_memory(self, number: int) -> Iterator[None]:
+        """A shard that lies on a disk (offload nvme) is in memory while the block runs; out there it has no size."""
+        sharded = self.engine.optimizer
+        swapped = self.stage == 3 and sharded._swappable_optimizer_subgroup(number)  # noqa: SLF001
+        if swapped:
+            sharded._optimizer_states_and_gradient_swap_in(number)  # noqa: SLF001
+        yield
+        if swapped:
+            sharded._optimizer_states_and_gradient_swap_out(number)  # noqa: SLF001
 
     def _link(self) -> None:
         """Tell parameters where their optimizer state is.
@@ -134,6 +149,18 @@ class Zero:
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+
+
+def _limit_waiting(timeout_s: int) -> None:
+    """Let no exchange wait longer.
+
+    DeepSpeed makes process groups of its own, which wait half an hour, whatever the first one was told (0.19.8);
+    delete when they take its timeout.
+    """
+    from torch.distributed import distributed_c10d
+
+    for group in distributed_c10d._world.pg_map:  # noqa: SLF001
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)  # noqa: SLF001
 
 
 def parameter_shape(parameter: nn.Parameter) -> torch.Size:
