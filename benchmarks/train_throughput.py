@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -126,12 +127,21 @@ def first_rows(path: str, rows: int, short: Path) -> str:
 
 
 def rounds(options: argparse.Namespace, files: dict[str, str], folder: Path) -> Rounds:
-    """Every contender, round after round; round 0 is for warming up, and is left out where no time is told."""
+    """Every contender, round after round, in turn; round 0 is for warming up.
+
+    Where no time is told there is no warm-up, and the contenders of a round run side by side, each with its part of
+    the threads.
+    """
     found: Rounds = {name: [] for name in options.only}
     for seed in range(1 if options.accuracy else 0, options.repeats + 1):
-        for name in options.only:
-            told = one(name, seed, options, files, folder)
-            print(f"{f'seed {seed}' if seed else 'warm-up'}  {name}  accuracy {told['accuracy']:.4f}", file=sys.stderr)
+        with ThreadPoolExecutor(len(options.only) if options.accuracy else 1) as pool:
+            start = partial(one, seed=seed, options=options, files=files, folder=folder)
+            rows = list(pool.map(start, options.only))
+        for name, told in zip(options.only, rows, strict=True):
+            round_is = f"seed {seed}" if seed else "warm-up"
+            print(
+                f"{round_is}  {name}  {told['rows_per_s']:.1f} rows/s  accuracy {told['accuracy']:.4f}", file=sys.stderr
+            )
             if seed:
                 found[name].append(told)
     counts = {name: {told["steps"] for told in rows} for name, rows in found.items()}
@@ -155,7 +165,7 @@ def one(name: str, seed: int, options: argparse.Namespace, files: dict[str, str]
         case = {
             "contender": name,
             "seed": seed,
-            "threads": THREADS,
+            "threads": max(1, THREADS // len(options.only)) if options.accuracy else THREADS,
             "gpu": options.gpu,
             "folder": place,
             "files": files,
