@@ -56,6 +56,7 @@ ON_GPU = {
 }
 PEER = "trainer_tuned"
 NOISE, HALF_A_POINT = 0.03, 0.005
+WARM_UP_ROWS = 128
 PACKAGES = ("banjoray", "torch", "transformers", "accelerate", "ray", "deepspeed")
 # Counted rounds -> what every contender told: numbers by name.
 Rounds = dict[str, list[dict[str, float]]]
@@ -128,15 +129,16 @@ def first_rows(path: str, rows: int, short: Path) -> str:
 
 
 def rounds(options: argparse.Namespace, files: dict[str, str], folder: Path) -> Rounds:
-    """Every contender, round after round, in turn; round 0 is for warming up.
+    """Every contender, round after round, in turn; round 0 is for warming up, on a few rows.
 
     Where no time is told there is no warm-up, and the contenders of a round run side by side, each with its part of
     the threads.
     """
     found: Rounds = {name: [] for name in options.only}
+    few = files | {"train": first_rows(files["train"], WARM_UP_ROWS, folder / "few.jsonl")}
     for seed in range(1 if options.accuracy else 0, options.repeats + 1):
         with ThreadPoolExecutor(len(options.only) if options.accuracy else 1) as pool:
-            start = partial(one, seed=seed, options=options, files=files, folder=folder)
+            start = partial(one, seed=seed, options=options, files=files if seed else few, folder=folder)
             rows = list(pool.map(start, options.only))
         for name, told in zip(options.only, rows, strict=True):
             round_is = f"seed {seed}" if seed else "warm-up"
