@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint bench clean
+.PHONY: help quickstart test lint docs bench clean
 
 help:  ## list these targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -23,6 +23,10 @@ lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.test  ## write the generated files of docs: compatibility.md, job.schema.json
+	$(BIN)/python -c 'from banjoray.training.compatibility import markdown; print(markdown(), end="")' > docs/compatibility.md
+	$(BIN)/banjoray schema > docs/job.schema.json
 
 bench: $(VENV)/.test  ## run the benchmarks; results go to benchmarks/results and the README
 	$(BIN)/python benchmarks/train_throughput.py

@@ -11,9 +11,9 @@ import numpy as np
 from banjoray.config.train import TrainConfig
 from banjoray.data.tokens import Tokens
 
-# Rows are shuffled, then sorted by length within groups of this many batches. Larger groups pad less and
-# shuffle less. transformers' LengthGroupedSampler has at most 50 batches and at least 4 groups, with which 10.5 % of the
-# cells of 2,000 emotion rows are padding (3.2 % of 16,000); here it is 5.6 % (1.6 %).
+# Rows are shuffled, then sorted by length within groups of this many batches. Larger groups pad less and shuffle less.
+# transformers' LengthGroupedSampler has at most 50 batches and at least 4 groups, with which 10.5 % of the cells of
+# 2,000 emotion rows are padding (3.2 % of 16,000); here it is 5.6 % (1.6 %).
 GROUP_BATCHES, GROUPS = 100, 2
 # Batches of a number of tokens hold more of the short rows, which would meet each other again in the next epoch.
 TOKEN_GROUP_BATCHES, TOKEN_GROUPS = 50, 4

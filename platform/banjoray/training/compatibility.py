@@ -77,11 +77,11 @@ KEYS = {
     "device": "scale.gpus_per_worker",
 }
 
-# Each was tried: what is refused fails, or is something else than it says. Cells that are not refused are run by tests.
+# What is refused does something else than it says, or was never seen to work; every cell that is left is run by a test.
 RULES: tuple[Rule[Cell], ...] = (
     Rule(
         lambda cell: cell.offload != "none" and cell.strategy not in ("zero1", "zero2", "zero3"),
-        "scale.offload: found {0.offload} with scale.strategy {0.strategy}; only ZeRO stages 1 to 3 keep their optimizer "
+        "scale.offload: found {0.offload} with scale.strategy {0.strategy}; only ZeRO stages 1 to 3 keep optimizer "
         "state elsewhere; set scale.strategy=zero3 (zero1 and zero2 go with offload cpu too), or scale.offload=none",
     ),
     Rule(
@@ -91,8 +91,8 @@ RULES: tuple[Rule[Cell], ...] = (
     ),
     Rule(
         lambda cell: cell.offload == "nvme" and cell.device == "cpu",
-        "scale.offload: found nvme with scale.gpus_per_worker 0; DeepSpeed's way to files and back is for states of "
-        "GPUs; set scale.offload=none, or scale.gpus_per_worker=1",
+        "scale.offload: found nvme with scale.gpus_per_worker 0; only the optimizer state of GPU workers is kept in "
+        "files; set scale.offload=none, or scale.gpus_per_worker=1",
     ),
     Rule(
         lambda cell: cell.precision == "fp16" and cell.strategy != "ddp",
@@ -185,7 +185,7 @@ def check_budget(job: JobConfig, trainable: int) -> None:
     if found is not None and found < needed:
         raise ConfigError(
             f"train.checkpoint_budget_gib: found {found:g}, needed at least {needed:.2f}: the best checkpoint, the "
-            f"newest and the one being written, with {trainable / 1e6:.1f} M trained weights of 12 bytes each; "
+            f"newest and the one being written, with {trainable:,} trained weights of 12 bytes each; "
             f"set train.checkpoint_budget_gib={needed:.2f}, freeze more, or train an adapter"
         )
 
@@ -202,8 +202,8 @@ def markdown() -> str:
         "A job that breaks a rule is refused before anything is read, with the message below.",
         "",
         f"There are {len(asked)} combinations of {', '.join(f'`{key}`' for key in KEYS.values())} (cpu: 0, gpu: 1).",
-        f"{len(allowed)} of them are allowed: {on_cpu} on CPUs, and `tests/ray/test_compatibility.py` trains with each of",
-        f"them on two workers; {len(allowed) - on_cpu} on GPUs, and `tests/gpu` trains with each of them where a GPU is.",
+        f"{len(allowed)} of them are allowed: {on_cpu} on CPUs, with each of which `tests/ray/test_compatibility.py` "
+        f"trains on two workers, and {len(allowed) - on_cpu} on GPUs, with each of which `tests/gpu` trains.",
         "",
         "A combination is allowed if each pair of its values is. A number is that of the rule that refuses the pair.",
         "`train.precision: auto` counts as fp32 here: each worker chooses when it sees its hardware.",

@@ -59,7 +59,7 @@ def _fit(
         # DeepSpeed's file names do not tell runs apart.
         job = job.with_values({"scale.nvme_path": f"{job.scale.nvme_path}/{run.rstrip('/').rsplit('/', 1)[-1]}"})
     job = _microbatched(job, _agree(lambda: store.microbatches(job.train.gradient_accumulation_steps)), notes)
-    choice = choose_precision(job.train.precision, job.scale.gpus_per_worker > 0)
+    choice = choose_precision(job)
     # from_pretrained hands out models in evaluation mode, without dropout.
     model = start.model().train()
     ids = (part.streams["input_ids"] for part in (rows.train, rows.validation))
@@ -274,7 +274,7 @@ class _Session:
 
     @property
     def _fp16(self) -> bool:
-        return choose_precision(self._job.train.precision, self._strategy.device.type == "cuda").precision == "fp16"
+        return choose_precision(self._job).precision == "fp16"
 
     def _watch(self, loss: float, rate: float, padding: float, norm: float) -> None:
         if self._strategy.rank == 0:

@@ -27,13 +27,15 @@ class Choice:
     reason: str
 
 
-def choose_precision(wanted: str, cuda: bool) -> Choice:
+def choose_precision(job: JobConfig) -> Choice:
     """What ``train.precision`` comes to on this hardware."""
-    if wanted in ("fp32", "tf32", "bf16", "fp16"):
-        return Choice(wanted, "asked for")  # type: ignore[arg-type]
-    if cuda:
+    if job.train.precision != "auto":
+        return Choice(job.train.precision, "asked for")
+    if job.scale.gpus_per_worker:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Choice("bf16", "this GPU multiplies bf16 natively")
+        if job.scale.strategy != "ddp":
+            return Choice("fp32", "this GPU has no native bf16, and fp16 goes with ddp alone")
         return Choice("fp16", "this GPU has no native bf16")
     flags = torch.cpu.get_capabilities()
     native = [flag for flag in ("amx_bf16", "avx512_bf16") if flags.get(flag)]
@@ -61,7 +63,7 @@ class Strategy(Protocol):
     def step(self, learning_rate: float) -> float:
         """Clip, change the weights, clear the gradients; the gradient norm before clipping.
 
-        Where that is not finite, weights and moments stay as they were (not under zero0 and zero3).
+        Where that is not finite, weights and moments stay as they were (but not under zero0).
         """
         ...
 

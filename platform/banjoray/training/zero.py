@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from banjoray.training.optimizer import (
     set_rate,
 )
 from banjoray.training.strategies import Forward, Precision
+
+# Bytes; where a buffer for reading past the page cache may begin, on any disk.
+PAGE = 4096
 
 
 class Zero:
@@ -39,6 +42,8 @@ class Zero:
             dist_init_required=False,
         )
         self.module = self.engine.module
+        if job.scale.offload == "nvme":
+            _keep_unaligned_gradients(self.engine.optimizer.optimizer_swapper)
         _limit_waiting(job.scale.collective_timeout_s)
 
     def _config(self, job: JobConfig, precision: Precision) -> dict[str, Any]:
@@ -149,6 +154,22 @@ class Zero:
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+
+
+def _keep_unaligned_gradients(swapper: Any) -> None:
+    """Let gradients stay in memory that don't begin at a page of the buffer into which they would be read again.
+
+    DeepSpeed 0.19.8 reads with O_DIRECT, which takes no other address, and doesn't look whether it could: the step is
+    made with what the buffer held before. Delete when it aligns them.
+    """
+    swap_out = swapper.swap_out_gradients
+
+    def swap_out_aligned(parameter: Any, gradient_offsets: list[int], gradient_tensors: list[Tensor]) -> None:
+        for offset, gradient in zip(gradient_offsets, gradient_tensors, strict=True):
+            cast(Any, gradient).swappable = offset * gradient.element_size() % PAGE == 0
+        swap_out(parameter, gradient_offsets, gradient_tensors)
+
+    swapper.swap_out_gradients = swap_out_aligned
 
 
 def _limit_waiting(timeout_s: int) -> None:

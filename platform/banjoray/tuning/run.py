@@ -14,6 +14,7 @@ from banjoray.config.job import JobConfig
 from banjoray.config.search import Dimension
 from banjoray.errors import TrainingFailed
 from banjoray.training.checkpoints import Checkpoint, Store
+from banjoray.training.compatibility import check
 from banjoray.training.interface import Callbacks, FitResult
 from banjoray.training.loop import fit
 from banjoray.training.preflight import prepare
@@ -70,6 +71,7 @@ def tune(job: JobConfig, say: Say = lambda line: None) -> StudyResult:
     search, job = search_of(job), job.anchored(Path.cwd())
     prepare(job)
     for key, corner in corner_jobs(job):
+        check(corner)
         if key.split(".")[0] in STRUCTURAL:
             prepare(corner)
     with cluster(job, say), claim_run(job, f"{job.name}-tune-{job.digest()[:8]}", resume=False) as study:
@@ -82,7 +84,7 @@ def tune(job: JobConfig, say: Say = lambda line: None) -> StudyResult:
             raise TrainingFailed(f"no trial of {study.id} finished an epoch; the first failed with: {winner.status}")
         won = _best(job, study, winner.trial)
         won_job = job.with_values(winner.values).anchored(Path.cwd())
-        precision = choose_precision(won_job.train.precision, won_job.scale.gpus_per_worker > 0).precision
+        precision = choose_precision(won_job).precision
         result = FitResult(won, won.position.step, winner.seconds, 0.0, precision)
         ready = prepare(won_job)
         checkpoint = best_folder(_folder(study, winner.trial), won_job, ready, result)
