@@ -15,10 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from banjoray.config.job import JobConfig
+from banjoray.training.checkpoints import Checkpoint, Store
+from banjoray.training.export import export
+from banjoray.training.learned import ROWS
+from banjoray.training.preflight import prepare
+from launched import Attempt, Launch, Told
 
-Told = dict[str, Any]
-
-STRATEGIES = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulated": {"train__gradient_accumulation_steps": 2},
@@ -29,6 +32,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 CASES = (
     *(f"{strategy}-{variant}" for strategy in STRATEGIES for variant in VARIANTS),
+    "zero0-plain",
+    "zero0-accumulated",
     "zero2-offloaded",
     "zero3-offloaded",
 )
@@ -38,20 +43,33 @@ every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 every_case = pytest.mark.parametrize("case", CASES)
 
 
+def cases_of(*strategies: str) -> list[str]:
+    return [case for case in CASES if case.partition("-")[0] in strategies]
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What one worker and two workers told, case by case, and the weights they all started from."""
+    """What one worker and two workers told, case by case, and the weights of the base model."""
 
-    alone: dict[str, list[Told]]
-    paired: dict[str, list[Told]]
+    alone: dict[str, list[Attempt]]
+    paired: dict[str, list[Attempt]]
     base: dict[str, Tensor]
     runs: Path
+    job: Callable[[str], JobConfig]
+
+    def ranks(self, case: str) -> list[Told]:
+        """Both of two workers."""
+        return self.paired[case][0].ranks
+
+    def one(self, case: str) -> Told:
+        """The worker that did alone what two did in a case."""
+        return self.alone[_alone(case)][0].ranks[0]
 
 
 @pytest.fixture(scope="module")
 def outcome(
     tmp_path_factory: pytest.TempPathFactory,
-    launch: Callable[..., dict[str, list[Told]]],
+    launch: Launch,
     lively_model: Callable[..., Path],
     lively_job: Callable[..., JobConfig],
 ) -> Outcome:
@@ -60,26 +78,26 @@ def outcome(
     # A word table above ZeRO-3's threshold: smaller parameters stay whole on every rank.
     base = lively_model(folder / "base", words=4000)
 
-    def case(workers: int, name: str) -> dict[str, Any]:
+    def job(name: str, workers: int = 2) -> JobConfig:
         strategy, _, variant = name.partition("-")
         changes = VARIANTS.get(variant, {"scale__offload": "cpu"})
         # The best checkpoint by loss: two scores that agree in F1 could still name different checkpoints.
         best: dict[str, Any] = {"train__metric": "loss", "train__mode": "min"}
-        job = lively_job(folder, scale__workers=workers, scale__strategy=strategy, **best, **changes)
+        return lively_job(folder, scale__workers=workers, scale__strategy=strategy, **best, **changes)
+
+    def case(workers: int, name: str) -> dict[str, Any]:
         # Whole word tables but in the variant that is about them.
-        share = 0.8 if variant == "narrow" else 0.0
-        return {"name": name, "job": job, "run": folder / "runs" / f"{name}-{workers}", "largest_share": share}
+        share = 0.8 if name.endswith("-narrow") else 0.0
+        run = folder / "runs" / f"{name}-{workers}"
+        return {"name": name, "job": job(name, workers), "run": run, "largest_share": share}
 
     return Outcome(
         launch(folder / "alone", [case(1, f"ddp-{variant}") for variant in VARIANTS]),
         launch(folder / "paired", [case(2, name) for name in CASES]),
         load_file(base / "model.safetensors"),
         folder / "runs",
+        job,
     )
-
-
-def _one_worker(outcome: Outcome, case: str) -> Told:
-    return outcome.alone[_alone(case)][0]
 
 
 def _alone(case: str) -> str:
@@ -93,40 +111,56 @@ def _farthest(left: dict[str, Tensor], right: dict[str, Tensor]) -> tuple[float,
     return max((float((left[name] - right[name]).abs().max()), name) for name in left)
 
 
+def _different(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
+    assert left.keys() == right.keys()
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+def _files(run: Path, told: Told) -> Path:
+    """The folder of the checkpoint that a rank told of."""
+    name: str = told.facts["checkpoint"]
+    return run / "checkpoints" / name
+
+
 @every_case
 def test_two_workers_hold_exactly_the_same_weights(outcome: Outcome, case: str) -> None:
-    first, second = outcome.paired[case]
-    assert first["weights"].keys() == second["weights"].keys()
-    assert [name for name, tensor in first["weights"].items() if not torch.equal(tensor, second["weights"][name])] == []
+    first, second = outcome.ranks(case)
+    assert _different(first.weights, second.weights) == []
 
 
 @every_case
 def test_two_workers_learn_every_weight_that_one_worker_learns(outcome: Outcome, case: str) -> None:
-    difference, name = _farthest(outcome.paired[case][0]["weights"], _one_worker(outcome, case)["weights"])
+    difference, name = _farthest(outcome.ranks(case)[0].weights, outcome.one(case).weights)
     assert difference <= BOUND, name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_training_moves_the_weights_far_beyond_the_parity_bound(outcome: Outcome, variant: str) -> None:
-    learned = outcome.alone[f"ddp-{variant}"][0]["weights"]
-    moved = {name: tensor for name, tensor in outcome.base.items() if f"bert.{name}" in learned}
-    difference, _ = _farthest(moved, {name: learned[f"bert.{name}"] for name in moved})
-    assert difference > 100 * BOUND
+def test_training_moves_what_is_trained_far_beyond_the_parity_bound(outcome: Outcome, variant: str) -> None:
+    told = outcome.one(f"ddp-{variant}")
+    learned, start = told.weights, told.start
+    moved = {name: float((learned[name] - start[name]).abs().max()) for name in start}
+    saved = load_file(_files(outcome.runs / f"ddp-{variant}-1", told) / "weights.safetensors")
+    # All but the bias of the key projection, whose true gradient is zero.
+    trained = [name for name in saved if name != ROWS and ".key.bias" not in name]
+    assert [name for name in trained if moved[name] < 100 * BOUND] == []
+    assert len(trained) > 10
+    # What no checkpoint holds did not move.
+    assert max([0.0, *(distance for name, distance in moved.items() if name not in saved)]) == 0
 
 
 @every_case
 def test_metrics_of_two_workers_are_those_of_one(outcome: Outcome, case: str) -> None:
-    one = _one_worker(outcome, case)
-    for told in outcome.paired[case]:
-        assert told["metrics"] == pytest.approx(one["metrics"], abs=BOUND)
-        assert (told["checkpoint"], told["steps"]) == (one["checkpoint"], one["steps"])
+    one = outcome.one(case).facts
+    for told in outcome.ranks(case):
+        assert told.facts["metrics"] == pytest.approx(one["metrics"], abs=BOUND)
+        assert (told.facts["checkpoint"], told.facts["steps"]) == (one["checkpoint"], one["steps"])
 
 
 @every_case
 def test_checkpoint_of_two_workers_holds_the_weights_and_moments_of_one(outcome: Outcome, case: str) -> None:
     for file in ("weights.safetensors", "optimizer.safetensors"):
         saved = [
-            load_file(outcome.runs / run / "checkpoints" / outcome.paired[case][0]["checkpoint"] / file)
+            load_file(_files(outcome.runs / run, outcome.one(case)) / file)
             for run in (f"{case}-2", f"{_alone(case)}-1")
         ]
         difference, name = _farthest(*saved)
@@ -138,27 +172,90 @@ def test_frozen_weights_stay_bit_for_bit_those_of_the_base_model(outcome: Outcom
     below = ("embeddings.", "encoder.layer.0.", "encoder.layer.1.")
     frozen = {f"bert.{name}": tensor for name, tensor in outcome.base.items() if name.startswith(below)}
     assert len(frozen) > 10
-    for told in outcome.paired[f"{strategy}-frozen"]:
-        assert [name for name, tensor in frozen.items() if not torch.equal(tensor, told["weights"][name])] == []
+    for told in outcome.ranks(f"{strategy}-frozen"):
+        assert _different(frozen, {name: tensor for name, tensor in told.weights.items() if name in frozen}) == []
+
+
+@every_strategy
+def test_under_lora_every_weight_stays_bit_for_bit_that_of_the_base_model(outcome: Outcome, strategy: str) -> None:
+    for told in outcome.ranks(f"{strategy}-lora"):
+        named = {name.replace(".base_layer.", ".").removeprefix("bert."): t for name, t in told.weights.items()}
+        found = {name: tensor for name, tensor in named.items() if name in outcome.base}
+        # A classifier has no use for some of them, as BERT's pooler has for a language model.
+        assert _different(outcome.base, found) == []
+        assert {name for name in named if name not in found and "lora_" not in name} == {
+            "classifier.weight",
+            "classifier.bias",
+        }
+
+
+def _exported(outcome: Outcome, case: str, folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """A run's checkpoint, and the whole model that is made of it."""
+    run, told = outcome.runs / f"{case}-2", outcome.ranks(case)[0]
+    (checkpoint,) = [found for found in Store(str(run), pytest.fail).all() if found.name == told.facts["checkpoint"]]
+    job = outcome.job(case)
+    start = prepare(job).start
+    export(job, start.model(), start.tokenizer, checkpoint, _files(run, told), folder)
+    return checkpoint, load_file(folder / "model.safetensors")
+
+
+@every_strategy
+def test_model_trained_on_the_words_in_use_is_the_one_trained_on_the_whole_table(
+    outcome: Outcome, strategy: str, tmp_path: Path
+) -> None:
+    checkpoint, narrow = _exported(outcome, f"{strategy}-narrow", tmp_path / "narrow")
+    other, whole = _exported(outcome, f"{strategy}-plain", tmp_path / "whole")
+    assert checkpoint.name == other.name
+    difference, name = _farthest(narrow, whole)
+    assert difference <= 1e-6, name
+    saved = load_file(outcome.runs / f"{strategy}-narrow-2/checkpoints" / checkpoint.name / "weights.safetensors")
+    table, rows = "bert.embeddings.word_embeddings.weight", saved[ROWS]
+    assert len(rows) == len(saved[table]) < 0.8 * len(narrow[table])
+    unused = torch.ones(len(narrow[table]), dtype=torch.bool).index_fill(0, rows, False)
+    base = outcome.base["embeddings.word_embeddings.weight"]
+    assert checkpoint.position.decay < 1 - 1e-5
+    assert torch.equal(narrow[table][unused], base[unused] * checkpoint.position.decay)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ddp_on_two_workers_is_distributed_data_parallel(outcome: Outcome, variant: str) -> None:
-    for told in outcome.paired[f"ddp-{variant}"]:
-        assert told["seen"]["wrapped"] == "torch.nn.parallel.distributed.DistributedDataParallel"
-        assert told["seen"]["workers"] == 2
+    for told in outcome.ranks(f"ddp-{variant}"):
+        assert told.seen["wrapped"] == "torch.nn.parallel.distributed.DistributedDataParallel"
+        assert told.seen["workers"] == 2
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_zero_is_a_deepspeed_engine_at_its_stage(outcome: Outcome, stage: int) -> None:
-    for told in outcome.paired[f"zero{stage}-plain"]:
-        assert told["seen"]["wrapped"] == "deepspeed.runtime.engine.DeepSpeedEngine"
-        assert (told["seen"]["stage"], told["seen"]["workers"]) == (stage, 2)
+@pytest.mark.parametrize("case", cases_of("fsdp"))
+def test_fsdp_is_fsdp2_on_every_block_and_the_model(outcome: Outcome, case: str) -> None:
+    for told in outcome.ranks(case):
+        assert told.seen["sharded"] == ["", *(f"bert.encoder.layer.{number}" for number in range(3))]
+        assert told.seen["workers"] == 2
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.partition("-")[0] in ("zero1", "zero2", "zero3")])
-def test_each_rank_holds_half_of_the_optimizer_state(outcome: Outcome, case: str) -> None:
-    told = [told["seen"] for told in outcome.paired[case]]
+@pytest.mark.parametrize("case", cases_of("fsdp"))
+def test_each_rank_of_fsdp_holds_half_of_all_weights_and_moments(outcome: Outcome, case: str) -> None:
+    ranks = outcome.ranks(case)
+    whole = sum(tensor.numel() for tensor in ranks[0].weights.values())
+    trainable = ranks[0].seen["trainable"]
+    assert 0 < trainable <= whole
+    # Cut by rows: of an odd number of them one rank has one more.
+    assert [abs(told.seen["pieces"] - whole / 2) <= 16 for told in ranks] == [True, True]
+    assert [abs(told.seen["held"] - trainable / 2) <= 16 for told in ranks] == [True, True]
+    assert sum(told.seen["pieces"] for told in ranks) == whole
+    assert sum(told.seen["held"] for told in ranks) == trainable
+    assert [sorted(told.seen["released"]) == sorted(told.weights) for told in ranks] == [True, True]
+
+
+@pytest.mark.parametrize("case", cases_of("zero0", "zero1", "zero2", "zero3"))
+def test_zero_is_a_deepspeed_engine_at_its_stage(outcome: Outcome, case: str) -> None:
+    stage = int(case.partition("-")[0].removeprefix("zero"))
+    for told in outcome.ranks(case):
+        assert told.seen["wrapped"] == "deepspeed.runtime.engine.DeepSpeedEngine"
+        assert (told.seen["stage"], told.seen["workers"]) == (stage, 2)
+
+
+@pytest.mark.parametrize("case", cases_of("zero1", "zero2", "zero3"))
+def test_each_rank_of_zero_holds_half_of_the_optimizer_state(outcome: Outcome, case: str) -> None:
+    told = [told.seen for told in outcome.ranks(case)]
     trainable = told[0]["trainable"]
     for seen in told:
         # DeepSpeed pads what it cuts: a group of parameters, or under ZeRO-3 each of them.
@@ -166,15 +263,18 @@ def test_each_rank_holds_half_of_the_optimizer_state(outcome: Outcome, case: str
     assert sum(seen["held"] for seen in told) >= trainable
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero0"])
-def test_without_sharding_each_rank_holds_the_whole_optimizer_state(outcome: Outcome, strategy: str) -> None:
-    for told in outcome.paired[f"{strategy}-plain"]:
-        assert told["seen"]["held"] == told["seen"]["trainable"] > 0
+@pytest.mark.parametrize("case", cases_of("ddp", "zero0"))
+def test_without_sharding_each_rank_holds_the_whole_optimizer_state(outcome: Outcome, case: str) -> None:
+    for told in outcome.ranks(case):
+        assert told.seen["held"] == told.seen["trainable"] > 0
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "offloaded"])
-def test_zero3_cuts_parameters_between_the_ranks(outcome: Outcome, variant: str) -> None:
-    for told in outcome.paired[f"zero3-{variant}"]:
-        whole = sum(tensor.numel() for tensor in told["weights"].values())
-        assert whole / 2 <= told["seen"]["pieces"] <= whole / 2 + len(told["weights"])
-        assert told["seen"]["released"] == ["bert.embeddings.word_embeddings.weight"]
+@pytest.mark.parametrize("case", cases_of("zero3"))
+def test_zero3_cuts_parameters_between_the_ranks(outcome: Outcome, case: str) -> None:
+    for told in outcome.ranks(case):
+        weights = told.weights
+        whole = sum(tensor.numel() for tensor in weights.values())
+        assert whole / 2 <= told.seen["pieces"] <= whole / 2 + len(weights)
+        # The table of the words in use is below DeepSpeed's threshold, as all other weights of this model are.
+        large = [] if case == "zero3-narrow" else ["bert.embeddings.word_embeddings.weight"]
+        assert told.seen["released"] == large

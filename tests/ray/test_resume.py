@@ -9,6 +9,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from banjoray.training.learned import Learned
 from banjoray.training.loop import fit
 from banjoray.training.preflight import prepare
 from banjoray.training.strategies import build
+from launched import Attempt, Case, Launch
 
 JobMaker = Callable[..., JobConfig]
 STEPS = 12
@@ -429,64 +431,56 @@ def test_every_finished_epoch_is_reported_with_its_metrics(job: JobConfig, tmp_p
     assert saved["position"]["history"] == reported
 
 
-WORLDS = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+WORLDS = (
+    *(f"{strategy}-plain" for strategy in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
+    *(f"{strategy}-{variant}" for strategy in ("ddp", "fsdp", "zero2") for variant in ("frozen", "lora")),
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "frozen": {"freeze": {"layers": 2}},
+    "lora": {"adapter": {"type": "lora", "dropout": 0.0}},
+}
+# Two workers, one of which dies; then one alone, which dies too; then two.
+CHANGING = (
+    {"workers": 2, "does": "kill", "rank": 1, "at_step": 6},
+    {"workers": 1, "does": "kill", "rank": 0, "at_step": 10},
+    {"workers": 2},
+)
+
+
+@dataclass(frozen=True)
+class Worlds:
+    """Runs on a changing number of workers, and what they tell; one worker's undisturbed ones, by variant."""
+
+    attempts: dict[str, list[Attempt]]
+    runs: Path
+    whole: dict[str, dict[str, Tensor]]
 
 
 @pytest.fixture(scope="module")
-def plain(drops_out: JobMaker) -> JobConfig:
-    """A job that comes to the same weights on any number of workers."""
-    return drops_out(model__dropout=0.0)
+def worlds(folder: Path, drops_out: JobMaker, launch: Launch) -> Worlds:
+    def job(variant: str, **changes: Any) -> JobConfig:
+        return drops_out(**VARIANTS[variant] | {"model__dropout": 0.0} | changes)
 
-
-@pytest.fixture(scope="module")
-def plain_whole(folder: Path, plain: JobConfig) -> dict[str, Tensor]:
+    runs = folder / "worlds"
     torch.set_num_threads(1)
-    run(plain, folder / "plain-whole")
-    return final(folder / "plain-whole")
-
-
-@pytest.fixture(scope="module")
-def worlds(
-    folder: Path, job: JobConfig, plain: JobConfig, launch: Callable[..., dict[str, list[dict[str, Any]]]]
-) -> Path:
-    """Runs of two workers: whole, cut after 9 steps and gone on with, and gone on with from one worker's."""
-    torch.set_num_threads(1)
-    interrupt(plain, folder / "alone", 9)
-    cases: list[dict[str, Any]] = []
+    for variant in VARIANTS:
+        run(job(variant), runs / variant)
+    cases: list[Case] = []
     for name in WORLDS:
-        scale = {"scale.workers": 2, "scale.strategy": name}
-        paired, same = job.with_values(scale), plain.with_values(scale)
-        shutil.copytree(folder / "alone", folder / f"{name}-grown")
-        cases += [
-            {"name": f"{name}-whole", "job": paired, "run": folder / f"{name}-whole"},
-            {"name": f"{name}-cut", "job": paired, "run": folder / f"{name}-rest", "interrupt_at": 10},
-            {"name": f"{name}-rest", "job": paired, "run": folder / f"{name}-rest"},
-            {"name": f"{name}-grown", "job": same, "run": folder / f"{name}-grown"},
-            {"name": f"{name}-shrunk", "job": same, "run": folder / f"{name}-shrunk", "interrupt_at": 10},
-        ]
-    told = launch(folder / "paired", 2, cases)
-    for name in WORLDS:
-        assert "going on from step-00000008" in told[f"{name}-rest"][0]["note"]
-        assert "going on from step-00000008" in told[f"{name}-grown"][0]["note"]
-    return folder
+        strategy, _, variant = name.partition("-")
+        changing = job(variant, scale__workers=2, scale__strategy=strategy)
+        cases.append({"name": name, "job": changing, "run": runs / name, "attempts": CHANGING})
+    return Worlds(launch(folder / "workers", cases), runs, {variant: final(runs / variant) for variant in VARIANTS})
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_two_workers_that_were_stopped_end_bit_for_bit_as_two_that_were_not(worlds: Path, name: str) -> None:
-    assert different(final(worlds / f"{name}-rest"), final(worlds / f"{name}-whole")) == []
-
-
-@pytest.mark.parametrize("name", WORLDS)
-def test_run_of_one_worker_goes_on_with_two(worlds: Path, plain_whole: dict[str, Tensor], name: str) -> None:
-    difference, weight = farthest(final(worlds / f"{name}-grown"), plain_whole)
-    assert difference <= BOUND, weight
-
-
-@pytest.mark.parametrize("name", WORLDS)
-def test_run_of_two_workers_goes_on_with_one(
-    worlds: Path, plain: JobConfig, plain_whole: dict[str, Tensor], name: str
-) -> None:
-    _, seen = go_on(plain, worlds / f"{name}-shrunk")
-    assert [moment.step for moment in seen] == [9, 10, 11, 12]
-    difference, weight = farthest(final(worlds / f"{name}-shrunk"), plain_whole)
+def test_run_that_loses_a_worker_and_gets_one_back_ends_as_one_that_never_had_two(worlds: Worlds, name: str) -> None:
+    two, one, again = worlds.attempts[name]
+    assert two.steps == [1, 2, 3, 4, 5]
+    assert f"going on from step-{one.steps[0] - 1:08d}" in one.note
+    assert one.steps in ([3, *range(4, 10)], [5, *range(6, 10)])
+    assert f"going on from step-{again.steps[0] - 1:08d}" in again.note
+    assert (again.steps[0] in (7, 9), again.steps[-1]) == (True, STEPS)
+    difference, weight = farthest(final(worlds.runs / name), worlds.whole[name.partition("-")[2]])
     assert difference <= BOUND, weight

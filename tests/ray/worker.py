@@ -5,6 +5,7 @@ case is a run; each of its attempts is a group of ranks over gloo, in the same f
 group with it, and the next attempt goes on, as Ray Train would have it.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -34,6 +35,18 @@ from banjoray.training.signals import sigterm_is_a_wish
 from banjoray.training.strategies import Strategy
 from banjoray.training.zero import Zero
 
+# What a run imports on its way.
+IMPORTED = (
+    "accelerate",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "evaluate",
+    "peft",
+    "scipy.io",
+    "sklearn.metrics",
+    "torch.utils.cpp_extension",
+    "transformers.models.bert.modeling_bert",
+    "transformers.optimization",
+)
 # Groups at a time: two ranks wait for each other half of the time.
 ABREAST = 2
 # How a rank ends whose run did.
@@ -75,19 +88,10 @@ def main() -> None:
 
 def _import_all() -> None:
     """What ranks would import and build one by one. A forked process has no threads but one, so none may run yet."""
-    import accelerate  # noqa: F401
-    import deepspeed.runtime.zero.muon.muon_optimizer
-    import evaluate  # noqa: F401
-    import peft  # noqa: F401
-    import scipy.io
-    import sklearn.metrics
-    import torch.utils.cpp_extension
-    import transformers.conversion_mapping
-    import transformers.models.bert.modeling_bert
-    import transformers.optimization  # noqa: F401
-
-    transformers.conversion_mapping.get_checkpoint_conversion_mapping("bert")
-    assert deepspeed.ops.__compatible_ops__
+    for name in IMPORTED:
+        importlib.import_module(name)
+    sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("bert")
+    assert sys.modules["deepspeed.ops"].__compatible_ops__
     torch.set_num_threads(1)
     # Many small passes, so that the rows of an evaluation don't divide evenly between ranks.
     scoring.EVALUATION_TOKENS = 256
@@ -200,9 +204,9 @@ def _rank(case: dict[str, Any], number: int, rank: int, listening: socket.socket
         _join(job, rank, listening)
         vocabulary.LARGEST_SHARE = case.get("largest_share", 0.8)
         code = _run(job, case["run"], attempt, stem)
-    except BaseException:
-        traceback.print_exc()
     finally:
+        if sys.exception():
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         # gloo's threads and DeepSpeed's exit hooks have nothing left to do, and take seconds.
@@ -214,7 +218,7 @@ def _join(job: JobConfig, rank: int, listening: socket.socket) -> None:
     workers, (address, port) = job.scale.most_workers, listening.getsockname()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "MASTER_ADDR": address, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
-    store = torch.distributed.TCPStore(
+    store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
         address, port, workers, is_master=rank == 0, master_listen_fd=listening.fileno() if rank == 0 else None
     )
     timeout = timedelta(seconds=job.scale.collective_timeout_s)
@@ -245,16 +249,22 @@ def _run(job: JobConfig, run: str, attempt: dict[str, Any], stem: Path) -> int:
             callbacks = Callbacks(watch=watch, should_stop=told.is_set)
             result = loop.fit(job, ready.rows, ready.task, ready.start, run, callbacks)
     except TrainingFailed as error:
-        stem.with_suffix(".json").write_text(json.dumps({"error": str(error)}))
+        _tell(stem, {"error": str(error)})
         return FAILED
     checkpoint = result.checkpoint
     ended = {"checkpoint": checkpoint.name, "metrics": checkpoint.metrics, "decay": checkpoint.position.decay}
     ended |= {"steps": result.steps, "stopped": result.stopped, "seen": asdict(_look(built[-1], released))}
-    stem.with_suffix(".json").write_text(json.dumps(ended))
     _keep(_own_weights(built[-1]), stem.with_suffix(".safetensors"))
     if built[-1].rank == 0:
         _keep(start, stem.with_suffix(".start.safetensors"))
+    _tell(stem, ended)
     return 0
+
+
+def _tell(stem: Path, facts: dict[str, Any]) -> None:
+    """Write the facts all at once: the rank may be killed meanwhile."""
+    stem.with_suffix(".part").write_text(json.dumps(facts))
+    stem.with_suffix(".part").rename(stem.with_suffix(".json"))
 
 
 def _dooming(attempt: dict[str, Any], did: Path) -> type[Pulse]:

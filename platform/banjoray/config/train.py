@@ -160,7 +160,7 @@ class ScaleConfig(Section):
     """How many workers train, on what, and how they share the work."""
 
     workers: int | tuple[int, int] = Field(
-        1, description="Training processes; [least, most]: as many of them as the cluster has room for."
+        1, description="Training processes; [least, most]: as many of them as the cluster is large enough for."
     )
     gpus_per_worker: int = Field(0, ge=0, le=1, description="1: train on GPUs; 0: on CPUs.")
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and CPU threads, of each worker.")

@@ -26,7 +26,7 @@ STAY = "RAY_CHDIR_TO_TRIAL_DIR"
 Watch = Callable[[Moment], None]
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class _Board:
     """Between rank 0 and the driver: how far the run is, and whether it has to end."""
 
@@ -57,7 +57,7 @@ class _Line:
 
     def watch(self, moment: Moment) -> None:
         """Tell the driver, a few times a second."""
-        if time.monotonic() - self._sent > 0.3 or moment.step == moment.steps:
+        if time.monotonic() - self._sent > 0.5 or moment.step == moment.steps:
             self._answer = self._board.put.remote(moment)
             self._sent = time.monotonic()
 
@@ -112,8 +112,9 @@ def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] 
 
     ``callbacks`` are Ray Train's. Raises TrainingFailed when every retry is used up.
     """
-    # Ray Train's controller takes reports in this often, 2 s unless told, and workers wait for it after every epoch.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # Ray Train's controller takes reports in this often, 2 s unless told, and workers wait for it after every epoch;
+    # without reports it only sees the end of the run later, and leaves the cores to the workers.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2" if callbacks else "1")
     os.environ[STAY] = "0"
     board = _Board.remote()  # type: ignore[attr-defined]
     scale = job.scale
@@ -141,6 +142,11 @@ def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] 
             result: Any = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _cause(error, run) from error
+    except ray.exceptions.RayActorError as error:
+        raise TrainingFailed(
+            f"the process that leads the workers, Ray Train's controller, has died; checkpoints so far: {run}/checkpoints; "
+            "the same command goes on"
+        ) from error
     found: FitResult = result.return_value
     return found
 
@@ -153,7 +159,7 @@ def _watching(board: Any, watch: Watch) -> Iterator[None]:
     def poll(told: threading.Event) -> None:
         seen: Moment | None = None
         passed = False
-        while not done.wait(0.3):
+        while not done.wait(0.5):
             if told.is_set() and not passed:
                 board.stop.remote()
                 passed = True
