@@ -144,8 +144,8 @@ def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] 
         raise _cause(error, run) from error
     except ray.exceptions.RayActorError as error:
         raise TrainingFailed(
-            f"the process that leads the workers, Ray Train's controller, has died; checkpoints so far: {run}/checkpoints; "
-            "the same command goes on"
+            f"the process that leads the workers, Ray Train's controller, has died; checkpoints so far: "
+            f"{run}/checkpoints; the same command goes on"
         ) from error
     found: FitResult = result.return_value
     return found
