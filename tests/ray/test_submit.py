@@ -152,7 +152,7 @@ def test_job_comes_back_with_the_exit_code_3_of_its_gate_and_then_with_its_resul
     assert done.returncode == 0, done.stderr
     (told,) = answers(done.stdout)
     assert answers(done.stderr) == [told]
-    assert set(told) == {"run_id", "checkpoint", "version", "metrics", "steps", "seconds", "rows_per_s"}
+    assert set(told) == {"run_id", "checkpoint", "version", "metrics", "steps", "seconds", "rows_per_s", "profile"}
     assert (told["version"], told["steps"]) == ("tiny@1", 6)
     assert f"continuing run {told['run_id']}" in done.stderr
     version = Registry(f"{results}/registry").resolve(told["version"])
