@@ -422,6 +422,13 @@ def test_loss_that_is_not_a_number_names_the_step_and_its_rows(drops_out: JobMak
     assert f"train rows {', '.join(str(row + 1) for row in batch[:8])}, ...)" in str(caught.value)
 
 
+def test_an_epoch_is_reported_when_its_checkpoint_is_written(job: JobConfig, tmp_path: Path) -> None:
+    # A scheduler ends a trial with its report: what it reported has to be there.
+    there: list[str] = []
+    run(job, tmp_path / "run", report=lambda _: there.append(names(tmp_path / "run")[-1]))
+    assert there == ["step-00000006", "step-00000012"]
+
+
 def test_every_finished_epoch_is_reported_with_its_metrics(job: JobConfig, tmp_path: Path) -> None:
     reported: list[dict[str, float]] = []
     run(job, tmp_path / "run", report=reported.append)

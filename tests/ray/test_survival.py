@@ -210,7 +210,7 @@ class Command:
 
     def saved(self) -> int:
         """The step of the newest checkpoint."""
-        return max((int(file.parent.name[5:]) for file in self._folder.glob("runs/*/checkpoints/*/*.json")), default=0)
+        return max((int(file.parent.name[5:]) for file in self._folder.glob("runs/*/checkpoints/step-*/*.json")), default=0)
 
     def strike(self, kind: str, number: int, after: int) -> None:
         """Send a signal to a process of a kind once the workers are there and have saved ``after`` steps more."""

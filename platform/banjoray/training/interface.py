@@ -61,13 +61,13 @@ class FitResult:
 class Callbacks:
     """Where `fit` tells what it does.
 
-    ``report`` gets the metrics of every finished epoch, on every worker; ``watch`` gets a `Moment` per step and
+    ``report`` gets the metrics of every finished epoch, on every worker, once the checkpoint of it is written; ``watch`` gets a `Moment` per step and
     ``scored`` the step and metrics of an epoch, both on rank 0. ``should_stop`` is asked after every step, on every
     worker; when one says yes, all write a checkpoint and end. ``exact`` waits for the GPU at every phase, so that the
     profile is right and the run slower.
     """
 
-    report: Callable[[dict[str, float]], None] = lambda metrics: None
+    report: Callable[[dict[str, float]], None] | None = None
     watch: Callable[[Moment], None] = lambda moment: None
     scored: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     should_stop: Callable[[], bool] = lambda: False

@@ -201,8 +201,11 @@ class _Session:
         self._checkpoint(metrics)
         if self._strategy.rank == 0:
             self._calls.scored(position.step, entry)
-        with self._clock("report"):
-            self._calls.report(entry)
+        if self._calls.report is not None:
+            with self._clock("report"):
+                # Whoever is told of a score may end the process there and then, and look for its checkpoint.
+                self._saver.settle()
+                self._calls.report(entry)
 
     def _step(self, batch: np.ndarray, number: int) -> Beat:
         """One optimizer step over a global batch, batch ``number`` of its epoch."""

@@ -79,7 +79,7 @@ def _work(settings: dict[str, Any]) -> FitResult:
     with sigterm_is_a_wish() as told:
         callbacks = Callbacks(
             # Nobody but Tune reads what is reported to Ray, and every report waits for its controller.
-            report=ray.train.report if settings["reports"] else lambda metrics: None,
+            report=ray.train.report if settings["reports"] else None,
             watch=line.watch,
             should_stop=lambda: told.is_set() or line.stopping(),
             exact=settings["exact"],
