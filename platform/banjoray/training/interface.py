@@ -61,10 +61,10 @@ class FitResult:
 class Callbacks:
     """Where `fit` tells what it does.
 
-    ``report`` gets the metrics of every finished epoch, on every worker, once the checkpoint of it is written; ``watch`` gets a `Moment` per step and
-    ``scored`` the step and metrics of an epoch, both on rank 0. ``should_stop`` is asked after every step, on every
-    worker; when one says yes, all write a checkpoint and end. ``exact`` waits for the GPU at every phase, so that the
-    profile is right and the run slower.
+    ``report`` gets the metrics of every finished epoch, on every worker, once its checkpoint is written; ``watch`` gets
+    a `Moment` per step and ``scored`` the step and metrics of an epoch, both on rank 0. ``should_stop`` is asked after
+    every step, on every worker; when one says yes, all write a checkpoint and end. ``exact`` waits for the GPU at every
+    phase, so that the profile is right and the run slower.
     """
 
     report: Callable[[dict[str, float]], None] | None = None
