@@ -181,7 +181,8 @@ BANJORAY = str(Path(sys.executable).parent / "banjoray")
 # Names of processes.
 WORKER, CONTROLLER, BOARD, DRIVER = "ray::RayTrainWorker", "ray::TrainController", "ray::_Board", "banjoray"
 KILLS = (DRIVER, WORKER, CONTROLLER, WORKER, DRIVER)
-LONG = 60
+# Epochs of 6 steps: enough that a fast machine, too, is in the middle of them whenever it is hit.
+LONG = 100
 
 
 class Command:
@@ -210,7 +211,8 @@ class Command:
 
     def saved(self) -> int:
         """The step of the newest checkpoint."""
-        return max((int(file.parent.name[5:]) for file in self._folder.glob("runs/*/checkpoints/step-*/*.json")), default=0)
+        written = self._folder.glob("runs/*/checkpoints/step-*/checkpoint.json")
+        return max((int(file.parent.name.removeprefix("step-")) for file in written), default=0)
 
     def strike(self, kind: str, number: int, after: int) -> None:
         """Send a signal to a process of a kind once the workers are there and have saved ``after`` steps more."""
