@@ -68,7 +68,7 @@ class Callbacks:
     """
 
     report: Callable[[dict[str, float]], None] | None = None
-    watch: Callable[[Moment], None] = lambda moment: None
+    watch: Callable[[Moment], object] = lambda moment: None
     scored: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     should_stop: Callable[[], bool] = lambda: False
     exact: bool = False

@@ -1,4 +1,4 @@
-"""The loop on a group of Ray Train workers: what they tell the driver, and what it tells them."""
+"""The loop on Ray: in a group of Ray Train workers, or in one alone; what they tell the driver, and it tells them."""
 
 import os
 import threading
@@ -24,9 +24,9 @@ from banjoray.training.tracking import tracked
 STAY = "RAY_CHDIR_TO_TRIAL_DIR"
 
 Watch = Callable[[Moment], None]
+Report = Callable[[dict[str, float]], None]
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class _Board:
     """Between rank 0 and the driver: how far the run is, and whether it has to end."""
 
@@ -49,13 +49,13 @@ class _Board:
 
 
 class _Line:
-    """A worker's end of the board; asks without waiting for the answer."""
+    """A worker's end of a board in another process; asks without waiting for the answer."""
 
     def __init__(self, board: Any) -> None:
         self._board, self._sent, self._stop = board, 0.0, False
         self._answer: Any = None
 
-    def watch(self, moment: Moment) -> None:
+    def put(self, moment: Moment) -> None:
         """Tell the driver, a few times a second."""
         if time.monotonic() - self._sent > 0.5 or moment.step == moment.steps:
             self._answer = self._board.put.remote(moment)
@@ -68,25 +68,104 @@ class _Line:
         return self._stop
 
 
-def _work(settings: dict[str, Any]) -> FitResult:
-    """What every Ray Train worker runs."""
+class _Window:
+    """The driver's end of a board: shows what is new on it, and passes a SIGTERM on as a wish."""
+
+    def __init__(self, watch: Watch, told: threading.Event) -> None:
+        self._watch, self._told = watch, told
+        self._seen: Moment | None = None
+
+    def look(self, board: Any) -> None:
+        if self._told.is_set():
+            board.stop.remote()
+        latest = ray.get(board.latest.remote())
+        if latest is not None and latest != self._seen:
+            self._watch(latest)
+            self._seen = latest
+
+
+def _work(job: JobConfig, run: str, board: _Board | _Line, exact: bool, report: Report | None = None) -> FitResult:
+    """What every worker does: the loop, until its end, the driver's wish on the board or a SIGTERM of its own."""
     import torch
 
-    job: JobConfig = settings["job"]
     torch.set_num_threads(job.scale.cpus_per_worker)
     ready = prepare(job)
-    line = _Line(settings["board"])
     with sigterm_is_a_wish() as told:
         callbacks = Callbacks(
-            # Nobody but Tune reads what is reported to Ray, and every report waits for its controller.
-            report=ray.train.report if settings["reports"] else None,
-            watch=line.watch,
-            should_stop=lambda: told.is_set() or line.stopping(),
-            exact=settings["exact"],
+            report=report, watch=board.put, should_stop=lambda: told.is_set() or board.stopping(), exact=exact
         )
-        with tracked(job, settings["run"], callbacks) as watched:
-            result = fit(job, ready.rows, ready.task, ready.start, settings["run"], watched)
-    if result.stopped and not ray.get(settings["board"].stopping.remote()):
+        with tracked(job, run, callbacks) as watched:
+            return fit(job, ready.rows, ready.task, ready.start, run, watched)
+
+
+def needs_group(job: JobConfig) -> bool:
+    """Whether a run's workers have to find each other; a single plain one does not, whatever starts it.
+
+    The seven idle processes of a group wake up a hundred times a second each: on two cores, that costs a tenth.
+    """
+    return job.scale.workers != 1 or job.scale.strategy != "ddp"
+
+
+def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] = (), exact: bool = False) -> FitResult:
+    """The loop on Ray, in folder ``run``; dead workers are started again and go on from the newest checkpoint.
+
+    ``callbacks`` are Ray Train's. Raises TrainingFailed when every retry is used up.
+    """
+    if callbacks or needs_group(job):
+        return _fit_in_group(job, run, watch, callbacks, exact)
+    return _fit_alone(job, run, watch, exact)
+
+
+@ray.remote
+class _LoneWorker(_Board):
+    """The worker of a run that has no other, and its own board: `run` has one of its threads, the board the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Here is the main thread, where signals arrive.
+        catch_sigterm()
+
+    def run(self, job: JobConfig, run: str, exact: bool) -> FitResult:
+        return _work(job, run, self, exact)
+
+
+def _fit_alone(job: JobConfig, run: str, watch: Watch, exact: bool) -> FitResult:
+    scale = job.scale
+    options = {"num_cpus": scale.cpus_per_worker, "num_gpus": scale.gpus_per_worker, "max_concurrency": 2}
+    failures = 0
+    with sigterm_is_a_wish() as told:
+        window = _Window(watch, told)
+        while True:
+            worker = _LoneWorker.options(**options).remote()  # type: ignore[attr-defined]
+            ended = worker.run.remote(job, run, exact)
+            try:
+                while not ray.wait([ended], timeout=0.5)[0]:
+                    window.look(worker)
+                result: FitResult = ray.get(ended)
+                window.look(worker)
+                if told.is_set() or not result.stopped:
+                    return result
+                reason = "it got a SIGTERM"
+            except ray.exceptions.RayActorError as error:
+                reason = _last_line(error)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, BanjorayError):
+                    raise error.cause from None
+                reason = _last_line(error)
+            finally:
+                ray.kill(worker)
+            failures += 1
+            if failures > scale.max_failures:
+                raise TrainingFailed(f"the worker failed: {reason}. Checkpoints so far: {run}/checkpoints")
+
+
+def _work_in_group(settings: dict[str, Any]) -> FitResult:
+    """What every Ray Train worker runs."""
+    board = settings["board"]
+    # Nobody but Tune reads what is reported to Ray, and every report waits for its controller.
+    report = ray.train.report if settings["reports"] else None
+    result = _work(settings["job"], settings["run"], _Line(board), settings["exact"], report)
+    if result.stopped and not ray.get(board.stopping.remote()):
         raise TrainingFailed(f"a worker got a SIGTERM; the checkpoint of step {result.steps} is kept")
     return result
 
@@ -107,20 +186,16 @@ class _Backend(ray.train.torch.TorchConfig().backend_cls):  # type: ignore[misc]
         worker_group.execute(catch_sigterm)
 
 
-def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] = (), exact: bool = False) -> FitResult:
-    """The loop on Ray Train, in folder ``run``; a dead worker restarts all of them from the newest checkpoint.
-
-    ``callbacks`` are Ray Train's. Raises TrainingFailed when every retry is used up.
-    """
+def _fit_in_group(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any], exact: bool) -> FitResult:
     # Ray Train's controller takes reports in this often, 2 s unless told, and workers wait for it after every epoch;
     # without reports it only sees the end of the run later, and leaves the cores to the workers.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2" if callbacks else "1")
     os.environ[STAY] = "0"
-    board = _Board.remote()  # type: ignore[attr-defined]
+    board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Board).remote()
     scale = job.scale
     workers: Any = scale.workers
     # Typed for functions that return nothing; what rank 0 returns is in Result.return_value.
-    worker: Any = _work
+    worker: Any = _work_in_group
     trainer = ray.train.torch.TorchTrainer(
         worker,
         train_loop_config={"job": job, "run": run, "board": board, "reports": bool(callbacks), "exact": exact},
@@ -153,23 +228,15 @@ def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] 
 
 @contextmanager
 def _watching(board: Any, watch: Watch) -> Iterator[None]:
-    """Show what is on the board while the block runs, and pass a SIGTERM on to the workers as a wish."""
+    """Look at the board while the block runs."""
     done = threading.Event()
 
-    def poll(told: threading.Event) -> None:
-        seen: Moment | None = None
-        passed = False
+    def poll(window: _Window) -> None:
         while not done.wait(0.5):
-            if told.is_set() and not passed:
-                board.stop.remote()
-                passed = True
-            latest = ray.get(board.latest.remote())
-            if latest is not None and latest != seen:
-                watch(latest)
-                seen = latest
+            window.look(board)
 
     with sigterm_is_a_wish() as told:
-        thread = threading.Thread(target=poll, args=(told,), name="banjoray-watch", daemon=True)
+        thread = threading.Thread(target=poll, args=(_Window(watch, told),), name="banjoray-watch", daemon=True)
         thread.start()
         try:
             yield
@@ -189,6 +256,10 @@ def _cause(error: Exception, run: str) -> BanjorayError:
         if isinstance(failure, BanjorayError):
             return failure
     for rank, failure in failures.items():
-        reason = str(failure).strip().splitlines()[-1] if str(failure).strip() else type(failure).__name__
-        return TrainingFailed(f"worker {rank} failed: {reason}. Checkpoints so far: {run}/checkpoints")
+        return TrainingFailed(f"worker {rank} failed: {_last_line(failure)}. Checkpoints so far: {run}/checkpoints")
     return TrainingFailed(f"training failed: {error}")
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

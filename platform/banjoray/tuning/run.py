@@ -23,7 +23,7 @@ from banjoray.training.run import best_folder, cluster, rescored
 from banjoray.training.runs import Run, claim_run
 from banjoray.training.strategies import choose_precision
 from banjoray.training.tracking import tracked
-from banjoray.training.workers import fit_on_ray
+from banjoray.training.workers import fit_on_ray, needs_group
 from banjoray.tuning.space import STRUCTURAL, corner_jobs, search_of
 from ray import tune as ray_tune
 
@@ -144,7 +144,7 @@ def _trial(job: JobConfig, study: Run) -> Callable[[dict[str, Any]], None]:
     def trial(values: dict[str, Any]) -> None:
         drawn = job.with_values(values).anchored(here)
         folder = _folder(study, ray_tune.get_context().get_trial_id())
-        if _in_process(job):
+        if not needs_group(job):
             import torch
 
             torch.set_num_threads(job.scale.cpus_per_worker)
@@ -157,14 +157,9 @@ def _trial(job: JobConfig, study: Run) -> Callable[[dict[str, Any]], None]:
     return trial
 
 
-def _in_process(job: JobConfig) -> bool:
-    """A trial of one plain worker needs no worker group: starting one costs more than many an epoch."""
-    return job.scale.workers == 1 and job.scale.strategy == "ddp"
-
-
 def _resources(job: JobConfig) -> dict[str, float]:
     """What Tune reserves for a trial; a worker group reserves its own CPUs, which the trial must not take from it."""
-    if not _in_process(job):
+    if needs_group(job):
         # Bytes. Tune refuses a trial that asks for nothing (Ray 2.60).
         return {"memory": 2**20}
     return {"CPU": job.scale.cpus_per_worker, "GPU": job.scale.gpus_per_worker}
