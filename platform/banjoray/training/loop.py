@@ -17,6 +17,7 @@ import torch
 from banjoray.config.job import JobConfig
 from banjoray.data.batches import batches_of, padded, shares
 from banjoray.errors import ConfigError, OutOfMemory, TrainingFailed
+from banjoray.models.readout import read_first_only
 from banjoray.models.vocabulary import narrow
 from banjoray.tasks.task import Task
 from banjoray.training.checkpoints import Checkpoint, Position, Saver, Store
@@ -66,6 +67,7 @@ def _fit(
     learned = Learned.of(model, narrow(model, ids))
     if found and folder:
         load(model, folder, learned.vocabulary, found.position.decay)
+    read_first_only(model)
     if job.train.gradient_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]
     strategy = build(job, model, choice.precision)
