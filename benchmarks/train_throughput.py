@@ -44,15 +44,15 @@ ON_CPU = {
     "banjoray_2_workers": f"`banjoray train`, 2 workers, {HALF} thread{'s' * (HALF > 1)} each, defaults",
     "banjoray_loop": f"banjoray's loop outside Ray, {THREADS} threads",
     "trainer": f"Trainer with its defaults (fp32, random batches), {THREADS} threads",
-    "trainer_tuned": f"Trainer tuned (bf16, group_by_length), {THREADS} threads",
-    "accelerate_2": f"Accelerate loop (bf16, random batches), 2 processes, {HALF} thread{'s' * (HALF > 1)} each",
+    "trainer_tuned": f"Trainer tuned (bf16 where native, group_by_length), {THREADS} threads",
+    "accelerate_2": f"Accelerate loop (bf16 where native), 2 processes, {HALF} thread{'s' * (HALF > 1)} each",
 }
 ON_GPU = {
     "banjoray": "`banjoray train`, 1 GPU, defaults",
     "banjoray_zero2": "`banjoray train`, 1 GPU, DeepSpeed ZeRO-2",
     "banjoray_loop": "banjoray's loop outside Ray, 1 GPU",
     "trainer": "Trainer with its defaults (fp32, random batches), 1 GPU",
-    "trainer_tuned": "Trainer tuned (bf16, group_by_length), 1 GPU",
+    "trainer_tuned": "Trainer tuned (bf16 where native, group_by_length), 1 GPU",
 }
 PEER = "trainer_tuned"
 NOISE, HALF_A_POINT = 0.03, 0.005
