@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"type": "lora", "dropout": 0.0}},
     "uneven": {"train__batch_size": 20},
     "narrow": {},
+    "cached": {"freeze": {"layers": 2}, "cache__prefix": "always"},
 }
 CASES = (
     *(f"{strategy}-{variant}" for strategy in STRATEGIES for variant in VARIANTS),
@@ -131,6 +132,13 @@ def test_two_workers_hold_exactly_the_same_weights(outcome: Outcome, case: str) 
 @every_case
 def test_two_workers_learn_every_weight_that_one_worker_learns(outcome: Outcome, case: str) -> None:
     difference, name = _farthest(outcome.ranks(case)[0].weights, outcome.one(case).weights)
+    assert difference <= BOUND, name
+
+
+@every_strategy
+def test_two_workers_learn_from_kept_states_what_they_learn_from_words(outcome: Outcome, strategy: str) -> None:
+    kept, online = (outcome.ranks(f"{strategy}-{variant}")[0].weights for variant in ("cached", "frozen"))
+    difference, name = _farthest(kept, online)
     assert difference <= BOUND, name
 
 

@@ -102,6 +102,15 @@ class HubConfig(Section):
         return variables | ({"HF_HUB_OFFLINE": "1"} if self.offline else {})
 
 
+class CacheConfig(Section):
+    """What is kept of a frozen bottom: the states that it gives for every row, for all epochs, runs and trials."""
+
+    prefix: Literal["auto", "always", "never"] = Field(
+        "auto", description="auto: where reading them is faster than computing them again; always: or fail."
+    )
+    budget_gib: float = Field(10.0, gt=0, description="Disk space of all entries; the longest unread make room.")
+
+
 class JobConfig(Section):
     """One run, from raw text to a registered version."""
 
@@ -112,9 +121,12 @@ class JobConfig(Section):
     freeze: Freeze = Field(
         "none", description="none, embeddings, backbone, {layers: k}, {patterns: [...]} or {bitfit: true}."
     )
-    adapter: AdapterConfig | None = Field(None, description="Train a PEFT adapter and the head; null: the weights.")
+    adapter: AdapterConfig | None = Field(
+        None, description="Train a PEFT adapter and the head; null or none: the weights."
+    )
     train: TrainConfig = Field(default_factory=TrainConfig, description="How the weights are changed.")
     scale: ScaleConfig = Field(default_factory=ScaleConfig, description="On how many workers.")
+    cache: CacheConfig = Field(default_factory=CacheConfig, description="What is kept of what never changes.")
     tracking: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
         ("tensorboard",),
         description="Who is told of every step: tensorboard (files in the run's folder), mlflow (a server), wandb.",
@@ -123,6 +135,12 @@ class JobConfig(Section):
     storage: str = Field("./runs", description="Folder or fsspec URL for runs: checkpoints, results, token cache.")
     registry: RegistryConfig = Field(default_factory=RegistryConfig, description="Where the model goes.")
     hub: HubConfig = Field(default_factory=HubConfig, description="How models and data sets are fetched.")
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _none_is_no_adapter(cls, value: Any) -> Any:
+        # So that a choice of tune.space can be written as it is for freeze.
+        return None if value == "none" else value
 
     @field_validator("freeze", mode="before")
     @classmethod
@@ -151,7 +169,7 @@ class JobConfig(Section):
 
     def training_digest(self) -> str:
         """sha256 of the keys that decide the weights: not of where they go, on how many workers, or how often saved."""
-        aside = ("registry", "storage", "tune", "hub", "scale", "tracking")
+        aside = ("registry", "storage", "tune", "hub", "scale", "tracking", "cache")
         tree = {key: value for key, value in self.to_json().items() if key not in aside}
         tree["train"] = {key: value for key, value in tree["train"].items() if "checkpoint" not in key}
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

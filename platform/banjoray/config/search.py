@@ -1,5 +1,6 @@
-"""The ``tune`` section of a job file: what is searched, how long, and what stops a trial early."""
+"""The ``tune`` section of a job file: what is searched, how, how long, and what stops a trial early."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -28,16 +29,47 @@ class Dimension(Section):
 
 
 class SearchConfig(Section):
-    """What ``banjoray tune`` searches."""
+    """What ``banjoray tune`` searches. Trials are compared by train.metric and train.mode."""
 
     space: dict[str, Dimension] = Field(
         min_length=1,
         description="Dotted key of the job file -> where its value comes from: loguniform, uniform or choice.",
     )
-    trials: int = Field(8, ge=1, description="How many points of the space are tried; each trial is one run.")
-    scheduler: Literal["none", "asha"] = Field(
-        "asha", description="asha stops trials that fall behind after an epoch; none runs every trial to its end."
+    trials: int | None = Field(
+        None, ge=1, description="How many points of the space are tried; null: 8, with grid every combination."
+    )
+    searcher: Literal["random", "grid", "optuna"] = Field(
+        "random", description="random; grid: every combination of choices; optuna: TPE, learns from finished trials."
+    )
+    scheduler: Literal["none", "asha", "median"] = Field(
+        "asha",
+        description="asha stops trials that fall behind after an epoch; median those below the median of the others; "
+        "none runs every trial to its end.",
     )
     concurrent: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="Trials that run at the same time; auto: as many as the cluster's CPUs and GPUs hold."
     )
+    time_budget_s: float | None = Field(
+        None, gt=0, description="No trial goes on after so long; the best so far is registered."
+    )
+    disk_budget_gib: float | None = Field(
+        None, gt=0, description="Disk space of the checkpoints of all trials; the worst finished ones make room."
+    )
+
+    @model_validator(mode="after")
+    def _grid_has_corners(self) -> "SearchConfig":
+        if self.searcher != "grid":
+            return self
+        ranges = [key for key, dimension in self.space.items() if dimension.choice is None]
+        if ranges:
+            raise ValueError(f"searcher grid needs a choice for every key; found a range for {', '.join(ranges)}")
+        if self.trials is not None and self.trials != self.points:
+            raise ValueError(f"trials: found {self.trials} with searcher grid, which tries all {self.points} points")
+        return self
+
+    @property
+    def points(self) -> int:
+        """How many trials there are."""
+        if self.searcher == "grid":
+            return math.prod(len(dimension.choice or ()) for dimension in self.space.values())
+        return self.trials or 8

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,14 @@ class Tokens:
 
     ``streams`` maps a model input to its values for all rows, one after the other, (tokens,); row ``i`` is
     ``[offsets[i], offsets[i + 1])`` of each. ``targets`` has one entry per row. ``cut`` counts rows that were
-    longer than ``max_length``.
+    longer than ``max_length``. ``digest`` names the rows, the tokenizer and where it cuts; empty where nobody asked.
     """
 
     streams: Mapping[str, np.ndarray]
     offsets: np.ndarray
     targets: np.ndarray
     cut: int = 0
+    digest: str = ""
     lengths: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,7 +118,7 @@ def cached_tokens(split: Split, tokenizer: Any, max_length: int, cache: Path) ->
         shutil.rmtree(aside)
     made = tokenise(split, tokenizer, max_length)
     _store(made, entry)
-    return _load(entry) or made
+    return _load(entry) or replace(made, digest=entry.name)
 
 
 def _load(entry: Path) -> Tokens | None:
@@ -132,6 +133,7 @@ def _load(entry: Path) -> Tokens | None:
         arrays["offsets"],
         arrays["targets"],
         described["cut"],
+        entry.name,
     )
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -146,16 +146,28 @@ class Store:
             if path.rstrip("/").rsplit("/", 1)[-1] not in {*kept, MICROBATCHES}:
                 self._filesystem.rm(path, recursive=True)
 
+    def keep_only(self, kept: Collection[Checkpoint]) -> int:
+        """Delete every other checkpoint, and what crashed writers left; the bytes that this freed."""
+        freed = 0
+        names = self._filesystem.ls(self.root, detail=False) if self._filesystem.isdir(self.root) else []
+        for path in names:
+            if path.rstrip("/").rsplit("/", 1)[-1] not in {checkpoint.name for checkpoint in kept}:
+                freed += int(self._filesystem.du(path))
+                self._filesystem.rm(path, recursive=True)
+        return freed
+
+    def size(self, *checkpoints: Checkpoint) -> int:
+        """How many bytes checkpoints take."""
+        paths = [f"{self.root}/{checkpoint.name}/{name}" for checkpoint in checkpoints for name in checkpoint.files]
+        return sum(int(self._filesystem.size(path)) for path in paths)
+
     def make_room(self, metric: str, mode: str, incoming: int, budget: int) -> None:
         """Delete the oldest checkpoints until ``incoming`` bytes more are within ``budget``.
 
         The best and the newest stay: with them a run can go on and end.
         """
         whole = self.all()
-        sizes = {
-            checkpoint.name: sum(self._filesystem.size(f"{self.root}/{checkpoint.name}/{f}") for f in checkpoint.files)
-            for checkpoint in whole
-        }
+        sizes = {checkpoint.name: self.size(checkpoint) for checkpoint in whole}
         best = self.best(metric, mode)
         for checkpoint in whole[:-1]:
             if sum(sizes.values()) + incoming > budget and checkpoint != best:

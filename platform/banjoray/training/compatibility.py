@@ -181,12 +181,15 @@ def check_budget(job: JobConfig, trainable: int) -> None:
     Raises ConfigError.
     """
     found = job.train.checkpoint_budget_gib
-    needed = math.ceil(3 * 12 * trainable / 2**30 * 100) / 100
+    exact = 3 * 12 * max(1, trainable) / 2**30
+    # Rounded up to a hundredth, or to two digits where that is finer.
+    step = min(0.01, 10.0 ** (math.floor(math.log10(exact)) - 1))
+    needed = math.ceil(exact / step) * step
     if found is not None and found < needed:
         raise ConfigError(
-            f"train.checkpoint_budget_gib: found {found:g}, needed at least {needed:.2f}: the best checkpoint, the "
+            f"train.checkpoint_budget_gib: found {found:g}, needed at least {needed:.6g}: the best checkpoint, the "
             f"newest and the one being written, with {trainable:,} trained weights of 12 bytes each; "
-            f"set train.checkpoint_budget_gib={needed:.2f}, freeze more, or train an adapter"
+            f"set train.checkpoint_budget_gib={needed:.6g}, freeze more, or train an adapter"
         )
 
 

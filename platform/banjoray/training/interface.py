@@ -24,7 +24,8 @@ class Rows:
 class Moment:
     """How far a run is, for people who watch it. ``loss`` is that of the last step, in nats per row.
 
-    ``padding`` is the share of the step's cells that hold no token; ``gradient_norm`` is before clipping.
+    ``padding`` is the share of the step's cells that hold no token; ``gradient_norm`` is before clipping; ``prefix``
+    says what became of the states of a frozen bottom: computed, read, or nothing.
     """
 
     step: int
@@ -37,6 +38,7 @@ class Moment:
     padding: float
     gradient_norm: float = 0.0
     note: str = ""
+    prefix: str = ""
 
 
 @dataclass(frozen=True)

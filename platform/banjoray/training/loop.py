@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from banjoray.config.job import JobConfig
-from banjoray.data.batches import batches_of, padded, shares
+from banjoray.data.batches import batches_of, shares
 from banjoray.errors import ConfigError, OutOfMemory, TrainingFailed
 from banjoray.models.readout import read_first_only
 from banjoray.models.vocabulary import narrow
@@ -27,8 +27,9 @@ from banjoray.training.interface import Callbacks, FitResult, Moment, Rows, Star
 from banjoray.training.learned import Learned, digest, load
 from banjoray.training.objective import Objective
 from banjoray.training.optimizer import rate_scales
+from banjoray.training.prefix_cache import Prefix, kept_prefix
 from banjoray.training.pulse import Beat, Pulse
-from banjoray.training.scoring import outputs, to_tensors
+from banjoray.training.scoring import Feed, outputs
 from banjoray.training.strategies import Strategy, build, choose_precision
 
 
@@ -70,9 +71,13 @@ def _fit(
     read_first_only(model)
     if job.train.gradient_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]
+    clock = Clock(torch.cuda.synchronize) if job.scale.gpus_per_worker and calls.exact else Clock()
+    with clock("prefix"):
+        prefix = _all_or_none(kept_prefix(job, model, rows, choice.precision == "bf16", notes))
     strategy = build(job, model, choice.precision)
     with Saver() as saver:
-        session = _Session(job, rows, task, strategy, store, saver, learned, calls)
+        session = _Session(job, rows, task, strategy, store, saver, learned, calls, clock)
+        session.start_above(prefix)
         notes.append(f"precision {choice.precision}: {choice.reason}")
         if found and folder:
             session.resume(found, folder)
@@ -114,23 +119,30 @@ class _Session:
         saver: Saver,
         learned: Learned,
         calls: Callbacks,
+        clock: Clock,
     ) -> None:
         self._job, self._rows, self._task, self._calls = job, rows, task, calls
         self._strategy, self._store, self._saver, self._learned = strategy, store, saver, learned
         self._objective = Objective(job, task, rows.train.targets, rows.labels)
         self._position = Position()
-        self._trained_rows = 0
+        self._trained_rows, self._clock = 0, clock
+        self.start_above(None)
         self.steps = sum(len(batches_of(rows.train.lengths, job.train, epoch)) for epoch in range(job.train.epochs))
         self._factor = _schedule(job, self.steps)
         # By which the rows of a word table that no text uses shrink, per learning rate.
         name = learned.vocabulary.name if learned.vocabulary else ""
         self._shrink = job.train.weight_decay * rate_scales(job, strategy.module).get(name, 0.0)
         cuda = strategy.device.type == "cuda"
-        self._clock = Clock(torch.cuda.synchronize) if cuda and calls.exact else Clock()
         self._draws = not (cuda or job.train.gradient_checkpointing or job.train.torch_compile == "on")
         self.pulse = Pulse(strategy.rank, strategy.workers, strategy.device, job.scale.collective_timeout_s)
         self._frozen = self._digest_of_frozen()
         self.note, self.stopped = "", False
+
+    def start_above(self, prefix: Prefix | None) -> None:
+        """Read the rows from where their kept states begin; from their words without any."""
+        rows, device, self._prefix = self._rows, self._strategy.device, prefix.origin if prefix else ""
+        self._train = Feed(rows.train, rows.pad_id, device, prefix.train if prefix else None)
+        self._validation = Feed(rows.validation, rows.pad_id, device, prefix.validation if prefix else None)
 
     @property
     def step(self) -> int:
@@ -242,7 +254,7 @@ class _Session:
 
     def _gradients(self, batch: np.ndarray) -> tuple[torch.Tensor, float]:
         """This worker's share of a batch forward and backward: its loss, and its share of padding."""
-        strategy, train = self._strategy, self._rows.train
+        strategy, lengths = self._strategy, self._rows.train.lengths
         draws = _seeded(self._job.train.seed, self._position.step, strategy.rank)
         dropout = FastDropout(draws) if self._draws else nullcontext()
         total = self._objective.total(batch)
@@ -253,9 +265,9 @@ class _Session:
             with self._clock("collate"):
                 # A worker with no rows left still takes part in the exchange: one row, of no weight.
                 chosen = part if len(part) else batch[:1]
-                inputs = padded(train, chosen, self._rows.pad_id)
-                cells, tokens = cells + inputs["input_ids"].size, tokens + int(train.lengths[chosen].sum())
-                tensors = to_tensors(inputs, strategy.device)
+                tensors = self._train.inputs(chosen)
+                cells += len(chosen) * int(lengths[chosen].max())
+                tokens += int(lengths[chosen].sum())
                 loss = self._objective.share(chosen, total, empty=not len(part))
             last = number + 1 == len(mine)
 
@@ -284,7 +296,7 @@ class _Session:
     def _watch(self, loss: float, rate: float, padding: float, norm: float) -> None:
         if self._strategy.rank == 0:
             at, epochs = self._position, self._job.train.epochs
-            told = (loss, rate, self.rows_per_s, padding, norm, self.note)
+            told = (loss, rate, self.rows_per_s, padding, norm, self.note, self._prefix)
             self._calls.watch(Moment(at.step, self.steps, at.epoch + 1, epochs, *told))
 
     def _evaluate(self) -> dict[str, float]:
@@ -292,7 +304,7 @@ class _Session:
         strategy, rows = self._strategy, self._rows
         strategy.module.eval()
         part = (strategy.rank, strategy.workers)
-        whole = outputs(strategy.module, rows.validation, rows.pad_id, strategy.device, part)
+        whole = outputs(strategy.module, self._validation, part)
         strategy.module.train()
         return self._task.score(whole, rows.validation.targets, rows.labels).metrics
 
@@ -354,6 +366,17 @@ def _seeded(seed: int, step: int, rank: int) -> np.random.SFC64:
     seeds = np.random.SeedSequence([seed, step, rank])
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
     return np.random.SFC64(seeds)
+
+
+def _all_or_none(prefix: Prefix | None) -> Prefix | None:
+    """The prefix, if every worker has one: sharded weights are gathered by all workers or by none."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        found: list[bool] = [False] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, prefix is not None)
+        if prefix is not None and not all(found):
+            prefix.train.cut.restore()
+            return None
+    return prefix
 
 
 def _agree(decide: Callable[[], Any]) -> Any:

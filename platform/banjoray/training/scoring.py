@@ -1,8 +1,9 @@
 """A model and tokens in, outputs row by row: evaluation during a run, and `score` afterwards."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def score_folder(folder: Path, job: JobConfig, split: str) -> tuple[Score, str]:
     rows = splits.get(split)
     tokens = cached_tokens(rows, tokenizer, job.data.max_length, token_cache(job))
     device = torch.device("cuda" if torch.cuda.is_available() and job.scale.gpus_per_worker else "cpu")
-    whole = outputs(model.to(device), tokens, model.config.pad_token_id, device)
+    whole = outputs(model.to(device), Feed(tokens, model.config.pad_token_id, device))
     return task.score(whole, tokens.targets, labels_of(model)), splits.fingerprint()
 
 
@@ -42,34 +43,51 @@ def to_tensors(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[s
     return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
 
 
-def outputs(
-    model: Callable[..., Any],
-    tokens: Tokens,
-    pad_id: int,
-    device: torch.device,
-    share: tuple[int, int] = (0, 1),
-) -> np.ndarray:
+class Starts(Protocol):
+    """Where a forward pass over some rows starts, other than from their words."""
+
+    def start(self, rows: np.ndarray, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Set the start of the next forward pass; what is left of its inputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The rows of a split as a model's inputs on a device; from ``above`` on, where the bottom's states are kept."""
+
+    tokens: Tokens
+    pad_id: int
+    device: torch.device
+    above: Starts | None = None
+
+    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """The inputs of the next forward pass, over some rows: (rows, longest)."""
+        tensors = to_tensors(padded(self.tokens, rows, self.pad_id), self.device)
+        return self.above.start(rows, tensors) if self.above else tensors
+
+
+def outputs(model: Callable[..., Any], feed: Feed, share: tuple[int, int] = (0, 1)) -> np.ndarray:
     """The logits of every row, in row order, fp32, on every worker.
 
     ``share`` is (rank, workers): each worker computes its part, then all exchange theirs. Every worker runs the
     same number of forward passes, as sharded parameters need.
     """
     rank, workers = share
-    batches = sorted_batches(tokens.lengths, EVALUATION_TOKENS)
+    batches = sorted_batches(feed.tokens.lengths, EVALUATION_TOKENS)
     mine = batches[rank::workers]
     passes = -(-len(batches) // workers)
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     with torch.inference_mode():
         for number in range(passes):
             rows = mine[number] if number < len(mine) else batches[-1][:1]
-            logits = model(**to_tensors(padded(tokens, rows, pad_id), device)).logits
+            logits = model(**feed.inputs(rows)).logits
             if number < len(mine):
                 parts.append((rows, logits.float().cpu().numpy()))
     if workers > 1:
         gathered: list[Any] = [None] * workers
         torch.distributed.all_gather_object(gathered, parts)
         parts = [part for theirs in gathered for part in theirs]
-    whole = np.empty((len(tokens), *parts[0][1].shape[1:]), dtype=np.float32)
+    whole = np.empty((len(feed.tokens), *parts[0][1].shape[1:]), dtype=np.float32)
     for rows, values in parts:
         whole[rows] = values
     return whole
