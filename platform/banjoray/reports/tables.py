@@ -1,12 +1,20 @@
 """Scores, confusion and registered models as tables for a terminal."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from banjoray.registry import ModelVersion
 from banjoray.tasks.task import Score
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from banjoray.training.preflight import Ready
+    from banjoray.tuning.footprint import Memory
+    from banjoray.tuning.plan import Frozen, Plan
 
 
 def metrics_line(metrics: Mapping[str, float]) -> str:
@@ -61,9 +69,9 @@ def versions_table(versions: Sequence[ModelVersion], aliases: Mapping[str, int])
 
 
 def trials_table(trials: Sequence[Mapping[str, object]], metric: str) -> Table:
-    """Trials by falling score: what each tried, how long it ran, what it reached."""
+    """Trials by falling score: what each tried, how long it ran, what it reached, what became of kept states."""
     table = Table(box=SIMPLE_HEAD)
-    for column in ("", "trial", "values", "epochs", metric, "seconds"):
+    for column in ("", "trial", "values", "epochs", metric, "seconds", "states"):
         table.add_column(column, overflow="fold")
     for place, trial in enumerate(trials, start=1):
         values = trial["values"]
@@ -74,8 +82,89 @@ def trials_table(trials: Sequence[Mapping[str, object]], metric: str) -> Table:
         )
         score = trial["score"]
         shown = f"{score:.4f}" if isinstance(score, float) else str(trial["status"])
-        table.add_row(str(place), str(trial["trial"]), told, str(trial["epochs"]), shown, f"{trial['seconds']:.0f}")
+        took = f"{trial['seconds']:.0f}"
+        prefix = str(trial["prefix"] or "-")
+        table.add_row(str(place), str(trial["trial"]), told, str(trial["epochs"]), shown, took, prefix)
     return table
+
+
+def importances_line(importances: Mapping[str, float], freed_bytes: int) -> str:
+    """How much each searched key mattered, and what trials that fell behind took on disk; empty if there is neither."""
+    shares = ", ".join(f"{key} {share:.0%}" for key, share in importances.items())
+    told = [f"mattered    {shares}"] if shares else []
+    if freed_bytes:
+        told.append(f"freed       {freed_bytes / 2**20:.0f} MiB of checkpoints")
+    return "\n".join(told)
+
+
+def checked_line(ready: "Ready", corners: int) -> str:
+    """What was found of a job that can run; ``corners`` counts the values of its space that were looked at."""
+    rows = f"{len(ready.splits.train)} train and {len(ready.splits.validation)} validation rows"
+    searched = f", {corners} values of tune.space" if corners else ""
+    labels = f"{len(ready.splits.labels)} labels"
+    return f"ok, {rows}, {labels}, {ready.trainable} of {ready.weights} weights trained{searched}"
+
+
+def plan_lines(plan: "Plan") -> "list[RenderableType]":
+    """What a job will take: counts, memory by strategy and, where it has a frozen bottom or a choice, each freeze."""
+    work, disk, study = plan.work, plan.disk, plan.study
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("rows", f"{work.train_rows:,} train, {work.validation_rows:,} validation, {work.labels} labels")
+    longest = f"longest row {work.longest_row}, {work.rows_cut:,} rows cut"
+    facts.add_row("tokens", f"{work.tokens_per_epoch:,} per epoch, {longest}, {work.padding:.1%} padding")
+    facts.add_row("steps", f"{work.steps_per_epoch:,} per epoch, {work.steps:,} in all")
+    facts.add_row("weights", f"{plan.weights:,}, trained {plan.trained:,} (of the word table, the words in use)")
+    run = f"checkpoint {_bytes(disk.checkpoint_bytes)}, run {_bytes(disk.run_bytes)}"
+    facts.add_row("disk", f"{run}, tokens {_bytes(disk.tokens_bytes)}")
+    if disk.prefix_bytes:
+        facts.add_row("", f"kept states {_bytes(disk.prefix_bytes)}")
+    if disk.free_bytes is not None:
+        facts.add_row("free disk", _bytes(disk.free_bytes))
+    if study:
+        waves = f"{study.at_once} at a time on this machine, {study.waves} waves"
+        facts.add_row("trials", f"{study.trials}, {waves}, up to {_bytes(study.disk_bytes)} of checkpoints")
+    of, kept = f"one of {plan.workers} workers" if plan.workers > 1 else "the worker", plan.activations
+    note = (
+        f"an estimate for {of} in {plan.precision}; * is the job's own\n"
+        f"activations: {kept.rows} rows x {kept.tokens} tokens x {kept.width} wide x {kept.numbers:.0f} numbers "
+        f"({kept.blocks} blocks above the frozen bottom) x {kept.bytes_per_number} bytes"
+    )
+    frozen = [_freezes_table(plan.freezes)] if len(plan.freezes) > 1 or plan.freezes[0].depth is not None else []
+    return [facts, _memory_table(plan.memory), note, *frozen]
+
+
+def _memory_table(rows: "Sequence[Memory]") -> Table:
+    columns = ["weights", "gradients", "optimizer", "buffers", "activations", "total"]
+    if not any(row.buffers_gib for row in rows):
+        columns.remove("buffers")
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("GiB")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = [f"{getattr(row, f'{column}_gib'):.3f}" for column in columns]
+        table.add_row(f"{row.strategy}{' *' * row.chosen}", *cells, style="bold" if row.chosen else None)
+    return table
+
+
+def _freezes_table(rows: "Sequence[Frozen]") -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("freeze", "trained", "checkpoint", "bottom"):
+        table.add_column(column, overflow="fold")
+    table.add_column("its states, as expected")
+    for row in rows:
+        kept = f"{_bytes(row.prefix_bytes)}: {row.reason}" if row.keep else f"not kept: {row.reason}"
+        freeze = row.freeze if isinstance(row.freeze, str) else ", ".join(f"{k}: {v}" for k, v in row.freeze.items())
+        depth = "-" if row.depth is None else f"{row.depth} blocks"
+        table.add_row(f"{freeze}{' *' * row.chosen}", f"{row.trained:,}", _bytes(row.checkpoint_bytes), depth, kept)
+    return table
+
+
+def _bytes(size: float) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 2**10:.1f} KiB"
 
 
 def _short(value: object) -> str:
