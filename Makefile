@@ -30,6 +30,7 @@ docs: $(VENV)/.test  ## write the generated files of docs: compatibility.md, job
 
 bench: $(VENV)/.test  ## run the benchmarks; results go to benchmarks/results and the README
 	$(BIN)/python benchmarks/train_throughput.py
+	$(BIN)/python -m benchmarks.search_cost
 	$(BIN)/python benchmarks/table.py
 
 clean:  ## remove .venv and what tools cached; runs and registry stay

@@ -28,6 +28,7 @@ def tables() -> str:
     kinds: dict[str, Callable[[dict[str, Any]], str]] = {
         "train_throughput": throughput,
         "train_accuracy": accuracy,
+        "search_cost": search,
     }
     parts = [
         write(json.loads(path.read_text(encoding="utf-8")))
@@ -87,6 +88,59 @@ def accuracy(result: dict[str, Any]) -> str:
         place = f"{abs(ours - peers):.2f} points {'above' if ours >= peers else 'below'} the tuned Trainer's"
         lines += ["", f"banjoray's mean is {place}; half a point below would still be called equal."]
     return "\n".join(lines)
+
+
+def search(result: dict[str, Any]) -> str:
+    """A table of whole searches, fastest first, and one of single runs above a frozen bottom."""
+    works = result["works"]
+    singles = {name: work for name, work in works.items() if name != "study"}
+    parts = [study(result, works["study"])] if "study" in works else []
+    return "\n\n".join(parts + ([single(result, singles)] if singles else []))
+
+
+def study(result: dict[str, Any], work: dict[str, Any]) -> str:
+    """Seconds of the whole command, and where ours go."""
+    contenders = work["contenders"]
+    trials = len(work["freeze"]) * len(work["learning_rate"])
+    lines = [
+        f"A search, {trials} trials ({len(work['freeze'])} freezing choices x {len(work['learning_rate'])} learning "
+        f"rates, {work['epochs']} epochs), {result['data']}; whole command, median of counted runs: {work['repeats']}, "
+        f"on {result['machine']}:",
+        "",
+        "| contender | seconds | banjoray is | best accuracy |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for told in sorted(contenders.values(), key=lambda told: told["wall_s"]):
+        lines += [f"| {told['settings']} | {told['wall_s']:.0f} | {ratio_of(told)} | {told['accuracy']:.3f} |"]
+    if ours := contenders.get("banjoray"):
+        lines += [
+            "",
+            f"Where banjoray's time goes: {ours['start_s']:.0f} s until the first trial, {ours['search_s']:.0f} s of "
+            f"trials, {ours['end_s']:.0f} s to score the best afresh and register it, which the peer does not do.",
+        ]
+    return "\n".join(lines)
+
+
+def single(result: dict[str, Any], works: dict[str, dict[str, Any]]) -> str:
+    """Rows per second of training above a frozen bottom, what is computed ahead included."""
+    repeats = "/".join(str(count) for count in sorted({work["repeats"] for work in works.values()}))
+    lines = [
+        f"Training above a frozen bottom without Ray, {result['data']}; computing its states is in the time; median of "
+        f"counted runs: {repeats}, on {result['machine']}:",
+        "",
+        "| frozen, epochs | contender | rows/s | banjoray is | validation accuracy |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for work in works.values():
+        for told in sorted(work["contenders"].values(), key=lambda told: -told["rows_per_s"]):
+            cells = (told["settings"], f"{told['rows_per_s']:.0f}", ratio_of(told), spread(told))
+            lines += [f"| {work['freeze'][0]}, {work['epochs']} | {' | '.join(cells)} |"]
+    return "\n".join(lines)
+
+
+def ratio_of(told: dict[str, Any]) -> str:
+    """How many times as fast as a contender banjoray is; nothing where it did not run."""
+    return f"{told['banjoray_is']:.2f}x" if "banjoray_is" in told else ""
 
 
 def spread(told: dict[str, Any]) -> str:

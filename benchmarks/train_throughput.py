@@ -6,7 +6,8 @@
 Files are JSON Lines with columns text and label; without them, the sample set that ships with banjoray. Every
 contender runs in a process of its own, in turn, round after round, each round with another seed; the first round warms
 the machine up and is not counted. Speeds are told only if the contenders learn alike: a banjoray contender whose mean
-accuracy is more than 3 points below the tuned Trainer's ends the script with exit code 1 and leaves no results file.
+accuracy is below the tuned Trainer's by more than 3 points, and by more than seeds differ (two standard errors of the
+difference), ends the script with exit code 1 and leaves no results file.
 
 --accuracy makes no claim about time: all rows, banjoray and the tuned Trainer only, the mean accuracy of each over the
 seeds, and whether banjoray's is at most half a point below. Results go to benchmarks/results and, as one JSON line, to
@@ -15,6 +16,7 @@ stdout; progress goes to stderr.
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -75,9 +77,9 @@ def main() -> int:
         result = facts(options, rows)
         found = rounds(options, files, Path(folder))
     contenders = {name: summary(told) | {"settings": settings[name]} for name, told in found.items()}
-    agrees = agreement(contenders, HALF_A_POINT if options.accuracy else NOISE)
+    agrees = agreement(contenders, HALF_A_POINT, 0) if options.accuracy else agreement(contenders, NOISE, 2)
     if options.accuracy:
-        keys = ("accuracy", "accuracy_min", "accuracy_max", "steps", "settings")
+        keys = ("accuracy", "accuracy_error", "accuracy_min", "accuracy_max", "steps", "settings")
         contenders = {name: {key: told[key] for key in keys} for name, told in contenders.items()}
         result |= {"contenders": contenders, "within_half_a_point": agrees}
     else:
@@ -192,18 +194,27 @@ def summary(told: list[dict[str, float]]) -> dict[str, Any]:
         "rows_per_s_min": round(min(speeds), 3),
         "rows_per_s_max": round(max(speeds), 3),
         "accuracy": round(statistics.mean(accuracies), 5),
+        "accuracy_error": round(statistics.stdev(accuracies) / len(told) ** 0.5, 5) if len(told) > 1 else 0.0,
         "accuracy_min": round(min(accuracies), 5),
         "accuracy_max": round(max(accuracies), 5),
     }
 
 
-def agreement(contenders: dict[str, dict[str, Any]], margin: float) -> bool | None:
-    """Whether no mean accuracy of ours is below the tuned Trainer's by more than ``margin``; None if one is missing."""
-    ours = [told["accuracy"] for name, told in contenders.items() if name.startswith("banjoray")]
+def agreement(contenders: dict[str, dict[str, Any]], margin: float, errors: float) -> bool | None:
+    """Whether no mean accuracy of ours is below the tuned Trainer's by more than ``margin``; None if one is missing.
+
+    Where seeds differ much, the margin is ``errors`` standard errors of the difference, if that is more.
+    """
+    ours = [told for name, told in contenders.items() if name.startswith("banjoray")]
     if not ours or PEER not in contenders:
         return None
+    peer = contenders[PEER]
     # Accuracies are rounded to five digits.
-    return bool(min(ours) >= contenders[PEER]["accuracy"] - margin - 1e-5)
+    return all(
+        told["accuracy"]
+        >= peer["accuracy"] - max(margin, errors * math.hypot(told["accuracy_error"], peer["accuracy_error"])) - 1e-5
+        for told in ours
+    )
 
 
 def compared(contenders: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from banjoray.config.job import JobConfig, load_job
     from banjoray.registry import ModelVersion, Registry
     from banjoray.training.run import RunResult, score, train
-    from banjoray.tuning.run import StudyResult, tune
+    from banjoray.tuning.run import tune
+    from banjoray.tuning.study import StudyResult
 
 _HOMES = {
     "JobConfig": "banjoray.config.job",
@@ -23,7 +24,7 @@ _HOMES = {
     "RunResult": "banjoray.training.run",
     "score": "banjoray.training.run",
     "train": "banjoray.training.run",
-    "StudyResult": "banjoray.tuning.run",
+    "StudyResult": "banjoray.tuning.study",
     "tune": "banjoray.tuning.run",
 }
 

@@ -110,21 +110,31 @@ def train(
 
 @app.command()
 def tune(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
-    """Search tune.space and register the best run."""
+    """Search tune.space and register the best run.
+
+    The same command goes on with an unfinished study; finished trials are not run again.
+    """
     job = _job(file, values)
     console = _console()
 
     def work() -> Any:
+        from banjoray.reports.study import write_page
         from banjoray.tuning.run import tune as run
 
-        return run(job, say=_say(console))
+        result = run(job, say=_say(console))
+        return result, write_page(result, f"{job.storage}/{result.study_id}")
 
-    result = _quietly(work)
-    from banjoray.reports.tables import trials_table
+    result, page = _quietly(work)
+    from banjoray.reports.tables import importances_line, trials_table
 
-    table = trials_table([trial.to_json() for trial in result.trials], result.metric)
-    won = f"{result.version}  {result.metric} {result.score:.4f}  from trial {result.trial}"
-    _answer(result.to_json(), as_json, table, won, f"next  banjoray promote {result.version} production")
+    text: list[RenderableType] = [
+        trials_table([trial.to_json() for trial in result.trials], result.metric),
+        f"{result.version}  {result.metric} {result.score:.4f}  from trial {result.trial}",
+        importances_line(result.importances, result.freed_bytes),
+        f"pictures    {page}",
+        f"next        banjoray promote {result.version} production",
+    ]
+    _answer(result.to_json(), as_json, *(line for line in text if line))
 
 
 @app.command()
@@ -263,6 +273,17 @@ def check(files: Annotated[list[Path], typer.Argument(help="Job files or serve c
 
 
 @app.command()
+def plan(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """Say what a job will take; nothing is started."""
+    job = _job(file, values).anchored(Path.cwd())
+    from banjoray.reports.tables import plan_lines
+    from banjoray.tuning.plan import plan as run
+
+    found = _quietly(lambda: run(job))
+    _answer(found.to_json(), as_json, *plan_lines(found))
+
+
+@app.command()
 def quickstart(
     port: Annotated[int, typer.Option(help="Where to serve; another free port is taken if it is in use.")] = 8000,
 ) -> None:
@@ -302,21 +323,13 @@ def _job(file: Path, values: list[str]) -> Any:
 
 def _check_job(file: Path) -> str:
     job = _job(file, []).anchored(Path.cwd())
+    from banjoray.reports.tables import checked_line
+    from banjoray.tuning.plan import checked
 
-    def work() -> str:
-        from banjoray.training.preflight import prepare
-        from banjoray.tuning.space import corner_jobs
-
-        ready = prepare(job)
-        corners = len(list(corner_jobs(job))) if job.tune else 0
-        for warning in ready.warnings:
-            _say(_console())(warning)
-        rows = f"{len(ready.splits.train)} train and {len(ready.splits.validation)} validation rows"
-        searched = f", {corners} values of tune.space" if corners else ""
-        labels = f"{len(ready.splits.labels)} labels"
-        return f"ok, {rows}, {labels}, {ready.trainable} of {ready.weights} weights trained{searched}"
-
-    return _quietly(work)
+    ready, corners = _quietly(lambda: checked(job))
+    for warning in ready.warnings:
+        _say(_console())(warning)
+    return checked_line(ready, len(corners))
 
 
 def _check_serve(file: Path) -> str:

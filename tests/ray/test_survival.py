@@ -6,15 +6,10 @@ in each of its 2 epochs, and dropout. Then with Ray, as users have it.
 
 import hashlib
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +17,16 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
 import banjoray
 from banjoray.config.job import JobConfig
+from banjoray.errors import TrainingFailed
 from banjoray.registry import Registry
 from banjoray.training.checkpoints import Store
 from banjoray.training.interface import Moment
+from commands import DRIVER, Command, name_of
 from launched import Attempt, Case, Launch
 
 # A machine that is busy otherwise takes its time.
@@ -177,70 +173,12 @@ def test_sigterm_to_one_worker_ends_all_at_the_same_step_with_a_checkpoint(outco
     assert _different(outcome.final(f"{strategy}-plain-told"), outcome.final(f"{strategy}-plain-whole")) == []
 
 
-BANJORAY = str(Path(sys.executable).parent / "banjoray")
 # Names of processes.
-WORKER, CONTROLLER, BOARD, DRIVER = "ray::RayTrainWorker", "ray::TrainController", "ray::_Board", "banjoray"
+WORKER, CONTROLLER, BOARD = "ray::RayTrainWorker", "ray::TrainController", "ray::_Board"
+LONE = "ray::_LoneWorker"
 KILLS = (DRIVER, WORKER, CONTROLLER, WORKER, DRIVER)
 # Epochs of 6 steps: enough that a fast machine, too, is in the middle of them whenever it is hit.
 LONG = 100
-
-
-class Command:
-    """`banjoray train`, which is started again whenever it has ended; every process that it starts is remembered."""
-
-    def __init__(self, folder: Path, job: JobConfig) -> None:
-        self._folder, self._family = folder, set[Any]()
-        (folder / "job.yaml").write_text(yaml.safe_dump(job.to_json()), encoding="utf-8")
-        self.start()
-
-    def start(self) -> None:
-        self.out, self.err = (self._folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err"))
-        with self.out.open("wb") as out, self.err.open("wb") as err:
-            # Its own Ray, not the one of this test session.
-            environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-            command = [BANJORAY, "train", "job.yaml", "--json"]
-            self.process = subprocess.Popen(command, cwd=self._folder, env=environment, stdout=out, stderr=err)
-
-    def found(self, kind: str) -> list[Any]:
-        """Its running processes of a kind, oldest first."""
-        if kind == DRIVER:
-            return [psutil.Process(self.process.pid)]
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        self._family.update(family)
-        return [member for member in family if _name(member).startswith(kind)]
-
-    def saved(self) -> int:
-        """The step of the newest checkpoint."""
-        written = self._folder.glob("runs/*/checkpoints/step-*/checkpoint.json")
-        return max((int(file.parent.name.removeprefix("step-")) for file in written), default=0)
-
-    def strike(self, kind: str, number: int, after: int) -> None:
-        """Send a signal to a process of a kind once the workers are there and have saved ``after`` steps more."""
-        self._until(lambda: len(self.found(WORKER)) == 2)
-        goal = self.saved() + after
-        self._until(lambda: self.saved() >= goal)
-        self.found(kind)[-1].send_signal(number)
-
-    def _until(self, wanted: Callable[[], bool]) -> None:
-        while not wanted():
-            assert self.process.poll() is None, self.err.read_text()[-3000:]
-            time.sleep(0.02)
-
-    def end(self) -> None:
-        """Kill what is left of it, and what it left."""
-        self.process.kill()
-        self.process.wait()
-        for member in self._family:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-
-
-def _name(process: Any) -> str:
-    try:
-        name: str = process.name()
-    except psutil.NoSuchProcess:
-        return ""
-    return name
 
 
 @dataclass
@@ -251,6 +189,14 @@ class Ordeal:
     hits: list[str] = field(default_factory=list)
     endings: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     answer: dict[str, Any] = field(default_factory=dict)
+
+
+def _strike(command: Command, kind: str, number: int, after: int) -> None:
+    """Send a signal to a process of a kind once the workers are there and have saved ``after`` steps more."""
+    command.until(lambda: len(command.found(WORKER)) == 2)
+    goal = command.saved() + after
+    command.until(lambda: command.saved() >= goal)
+    command.found(kind)[-1].send_signal(number)
 
 
 def _long(job: JobConfig, **changes: Any) -> JobConfig:
@@ -285,10 +231,10 @@ def ordeal(
     chance, told = random.Random(3), Ordeal(folder)
     hits = [*((kind, signal.SIGKILL) for kind in (*KILLS, BOARD)), (DRIVER, signal.SIGTERM)]
     chance.shuffle(hits)
-    command = Command(folder, job)
+    command = Command(folder, job, "train")
     try:
         for kind, number in hits:
-            command.strike(kind, number, after=chance.randint(1, 12))
+            _strike(command, kind, number, after=chance.randint(1, 12))
             told.hits.append(f"{kind} {number.name}")
             if kind in (DRIVER, CONTROLLER):
                 ending = (command.process.wait(), command.err.read_text())
@@ -341,8 +287,8 @@ def test_command_that_gets_a_sigterm_ends_with_a_checkpoint_and_says_of_which_st
     assert 0 < int(told[1]) < 6 * LONG
 
 
-def _working() -> list[psutil.Process]:
-    return [found for found in psutil.Process().children(recursive=True) if _name(found).startswith(WORKER)]
+def _working(kind: str = WORKER) -> list[psutil.Process]:
+    return [found for found in psutil.Process().children(recursive=True) if name_of(found).startswith(kind)]
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -374,3 +320,57 @@ def test_run_whose_worker_gets_a_sigterm_goes_on_by_itself_and_ends_bit_for_bit_
     (run,) = (tmp_path / "runs").glob("tiny-*")
     assert "going on from step-" in seen[-1].note
     assert _different(_last(run), undisturbed[1]) == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed_alone(
+    tmp_path_factory: pytest.TempPathFactory, lively_job: Callable[..., JobConfig], launch: Launch
+) -> tuple[JobConfig, dict[str, Tensor]]:
+    """A long job of one worker, and what its last step leaves if nothing befalls it; without Ray."""
+    folder = tmp_path_factory.mktemp("undisturbed-alone")
+    job = _long(lively_job(folder), scale__workers=1)
+    launch(folder / "workers", [{"name": "whole", "job": job, "run": folder / "run"}])
+    return job, _last(folder / "run")
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_run_of_one_worker_goes_on_by_itself_after_a_signal_and_ends_bit_for_bit_as_without_one(
+    undisturbed_alone: tuple[JobConfig, dict[str, Tensor]], tmp_path: Path, number: signal.Signals
+) -> None:
+    places = {"storage": str(tmp_path / "runs"), "registry.root": str(tmp_path / "registry")}
+    job = undisturbed_alone[0].with_values(places)
+    seen: list[Moment] = []
+
+    def watch(moment: Moment) -> None:
+        # Once there is a checkpoint to go on from, and long before the end.
+        if moment.step > 6 and not any(earlier.step > 6 for earlier in seen):
+            (worker,) = _working(LONE)
+            worker.send_signal(number)
+        seen.append(moment)
+
+    banjoray.train(job, watch=watch)
+    (run,) = (tmp_path / "runs").glob("tiny-*")
+    assert seen[0].step < 6 * LONG
+    assert "going on from step-" in seen[-1].note
+    assert _different(_last(run), undisturbed_alone[1]) == []
+    assert _working(LONE) == []
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_one_worker_that_dies_once_too_often_is_told_of_with_the_place_of_its_checkpoints(
+    undisturbed_alone: tuple[JobConfig, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    places = {"storage": str(tmp_path / "runs"), "registry.root": str(tmp_path / "registry")}
+    job = undisturbed_alone[0].with_values(places | {"scale.max_failures": 1})
+    killed: list[int] = []
+
+    def watch(moment: Moment) -> None:  # noqa: ARG001
+        for worker in _working(LONE):
+            if worker.pid not in killed:
+                killed.append(worker.pid)
+                worker.kill()
+
+    with pytest.raises(TrainingFailed, match=r"the worker failed: .*Checkpoints so far: .*/checkpoints"):
+        banjoray.train(job, watch=watch)
+    assert len(killed) == 2

@@ -97,7 +97,7 @@ def test_trial_that_fails_is_listed_with_its_reason_and_takes_no_other_down(stud
         assert (trial.score is None) == broken
         if broken:
             assert "loss is nan and the gradients' norm nan at step" in trial.status
-            assert f"  trial {trial.trial}  failed" in told
+            assert f"  trial {trial.trial}  failed: {trial.status}" in told
         else:
             assert trial.status == "done"
 

@@ -1,12 +1,13 @@
 """`tune`: a search on Ray Tune in which every trial is one run, and the best one becomes a version."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 import ray
@@ -15,7 +16,7 @@ from banjoray.config.search import Dimension
 from banjoray.errors import TrainingFailed
 from banjoray.training.checkpoints import Checkpoint, Store
 from banjoray.training.compatibility import check
-from banjoray.training.interface import Callbacks, FitResult
+from banjoray.training.interface import Callbacks, FitResult, Moment
 from banjoray.training.loop import fit
 from banjoray.training.preflight import prepare
 from banjoray.training.registering import gate_and_register
@@ -24,49 +25,23 @@ from banjoray.training.runs import Run, claim_run
 from banjoray.training.strategies import choose_precision
 from banjoray.training.tracking import tracked
 from banjoray.training.workers import fit_on_ray, needs_group
-from banjoray.tuning.space import STRUCTURAL, corner_jobs, search_of
+from banjoray.tuning.disk import Janitor, shared
+from banjoray.tuning.importance import importances
+from banjoray.tuning.record import recorded
+from banjoray.tuning.space import STRUCTURAL, at_once, corner_jobs, search_of, told_values
+from banjoray.tuning.study import StudyResult, Trial
+from banjoray.tuning.trial import Report, history_of, run_trial
 from ray import tune as ray_tune
 
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One point of the space: what it tried, how far it ran, and the best score it reached (None: it failed)."""
-
-    trial: str
-    values: dict[str, Any]
-    status: str
-    epochs: int
-    seconds: float
-    score: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The trial as plain values."""
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
-class StudyResult:
-    """What a search leaves behind: the winner as a registered version, and every trial, best first."""
-
-    study_id: str
-    version: str
-    trial: str
-    metric: str
-    score: float
-    trials: tuple[Trial, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as plain values."""
-        return vars(self) | {"trials": [trial.to_json() for trial in self.trials]}
-
-
 def tune(job: JobConfig, say: Say = lambda line: None) -> StudyResult:
     """Search ``job.tune.space``, register the best run of all trials with its trial id.
 
-    ``say`` gets a line per epoch of every trial. Raises ConfigError, DataError, ModelError before anything starts;
-    TrainingFailed if no trial finished an epoch; GateRefused.
+    The same job started again goes on with its unfinished study: finished trials are not run again, others go on from
+    their checkpoints. ``say`` gets a line per epoch of every trial. Raises ConfigError, DataError, ModelError before
+    anything starts; TrainingFailed if no trial finished an epoch, or if one met a bug; GateRefused.
     """
     search, job = search_of(job), job.anchored(Path.cwd())
     prepare(job)
@@ -74,25 +49,44 @@ def tune(job: JobConfig, say: Say = lambda line: None) -> StudyResult:
         check(corner)
         if key.split(".")[0] in STRUCTURAL:
             prepare(corner)
-    with cluster(job, say), claim_run(job, f"{job.name}-tune-{job.digest()[:8]}", resume=False) as study:
-        keys, at_once = ", ".join(search.space), _at_once(job)
-        say(f"starting study {study.id}: {search.trials} trials over {keys}, {at_once} at a time")
-        trials = _run_trials(job, study, say)
+    with cluster(job, say), claim_run(job, f"{job.name}-tune-{job.digest()[:8]}") as study:
+        together = _at_once(job)
+        drawn_from = shared(job, together)
+        if drawn_from != job:
+            prepare(drawn_from)
+        keys = ", ".join(search.space)
+        janitor = Janitor(job, together)
+        trials = _run_trials(drawn_from, study, _Driver(drawn_from, study, say, janitor), keys)
         ranked = sorted(trials, key=lambda trial: _rank(trial, job))
         winner = ranked[0]
         if winner.score is None:
             raise TrainingFailed(f"no trial of {study.id} finished an epoch; the first failed with: {winner.status}")
-        won = _best(job, study, winner.trial)
-        won_job = job.with_values(winner.values).anchored(Path.cwd())
-        precision = choose_precision(won_job).precision
-        result = FitResult(won, won.position.step, winner.seconds, 0.0, precision)
-        ready = prepare(won_job)
-        checkpoint = best_folder(_folder(study, winner.trial), won_job, ready, result)
-        origin = {"run": study.id, "trial": winner.trial}
-        registered = gate_and_register(won_job, ready, checkpoint, result, origin, rescored(won_job))
-        finished = StudyResult(study.id, str(registered), winner.trial, job.train.metric, winner.score, tuple(ranked))
+        version = _register(job, study, winner)
+        finished = StudyResult(
+            study.id,
+            version,
+            winner.trial,
+            job.train.metric,
+            job.train.mode,
+            winner.score,
+            tuple(ranked),
+            importances(ranked, job.train.mode, job.train.seed),
+            janitor.freed,
+        )
         study.finish(finished.to_json())
     return finished
+
+
+def _register(job: JobConfig, study: Run, winner: Trial) -> str:
+    """The winner as a version: past the gate, re-scored, with its trial in the lineage."""
+    won = _best(job, study, winner.trial)
+    won_job = job.with_values(winner.values).anchored(Path.cwd())
+    precision = choose_precision(won_job).precision
+    result = FitResult(won, won.position.step, winner.seconds, 0.0, precision)
+    ready = prepare(won_job)
+    checkpoint = best_folder(_folder(study, winner.trial), won_job, ready, result)
+    origin = {"run": study.id, "trial": winner.trial}
+    return str(gate_and_register(won_job, ready, checkpoint, result, origin, rescored(won_job)))
 
 
 def _rank(trial: Trial, job: JobConfig) -> tuple[bool, float]:
@@ -111,29 +105,135 @@ def _best(job: JobConfig, study: Run, trial: str) -> Checkpoint:
     return found
 
 
-def _run_trials(job: JobConfig, study: Run, say: Say) -> list[Trial]:
+class _Driver:
+    """What the driver knows of a study that goes on. Not saved with it, as Tune's own objects are."""
+
+    def __init__(self, job: JobConfig, study: Run, say: Say, janitor: Janitor) -> None:
+        self.job, self._study, self.say, self._janitor = job, study, say, janitor
+        self.bug: str | None = None
+
+    def ended(self, trial: str, others: Iterable[str]) -> None:
+        """Look at how a trial ended; make room. ``others`` are those that had ended before."""
+        failure = recorded(_folder(self._study, trial)).failure
+        if failure is not None:
+            self.say(f"  trial {trial}  failed: {failure.reason}")
+        self._janitor.tidy({name: _folder(self._study, name) for name in (trial, *others)})
+
+    def died(self, trial: str) -> None:
+        """Look at why a trial's process ended; raises TrainingFailed if that would break others too."""
+        failure = recorded(_folder(self._study, trial)).failure
+        self.say(f"  trial {trial}  failed: {failure.reason if failure else 'its process died'}")
+        if failure is not None:
+            # Out of Tune's loop: stopped by Tune, the trials that are left would count as done.
+            self.bug = f"trial {trial}: {failure.reason}"
+            raise TrainingFailed(self.bug)
+
+
+# The study that this process drives; the callback, which Tune pickles with a study, looks it up here: a restored one
+# has never seen this terminal.
+_driving: list[_Driver] = []
+
+
+class _Told(ray_tune.Callback):
+    """Passes on what trials report, a line per epoch, and how they end."""
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        """Called by Tune in the driver."""
+        driver, metric = _driving[-1], _driving[-1].job.train.metric
+        if metric not in result:
+            return
+        values = ", ".join(
+            f"{key} {value:.2e}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in told_values(driver.job, _values(trial.config)).items()
+        )
+        driver.say(f"  trial {trial.trial_id}  epoch {result['epoch']}  {metric} {result[metric]:.4f}  ({values})")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Called by Tune in the driver."""
+        _driving[-1].ended(trial.trial_id, [one.trial_id for one in trials if one.status == "TERMINATED"])
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Called by Tune in the driver: a trial whose process ended is started again."""
+        _driving[-1].died(trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Called by Tune in the driver: a trial whose process ended once too often."""
+        _driving[-1].died(trial.trial_id)
+
+
+def _run_trials(job: JobConfig, study: Run, driver: _Driver, keys: str) -> list[Trial]:
+    # How old Tune's record of a study may be, in seconds; it takes 10 and more unless told.
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "1"
+    # A trial whose losses are no numbers ends without a report, which Tune would take for a mistake in the program.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    record = f"{study.url}/ray"
+    trainable = ray_tune.with_resources(_trial(job, study), _resources(job))
+    known = ray_tune.Tuner.can_restore(record)
+    verb = "continuing" if known else "starting"
+    driver.say(f"{verb} study {study.id}: {search_of(job).points} trials over {keys}, {_at_once(job)} at a time")
+    tuner = ray_tune.Tuner.restore(record, trainable, resume_errored=True) if known else _tuner(job, study, trainable)
+    _driving.append(driver)
+    try:
+        found = tuner.fit()
+    except Exception as error:
+        # Tune wraps what a callback raises.
+        if driver.bug is not None:
+            raise TrainingFailed(
+                f"{driver.bug}; the study is stopped, and the same command goes on when that is mended"
+            ) from error
+        raise
+    finally:
+        _driving.pop()
+    # A time budget leaves trials that never began: Tune has no values for them.
+    return [_told(job, study, found[number]) for number in range(len(found)) if found[number].config]
+
+
+def _tuner(job: JobConfig, study: Run, trainable: Any) -> Any:
     search = search_of(job)
-    scheduler = None
-    if search.scheduler == "asha":
-        longest = max(job.train.epochs, *(corner.train.epochs for _, corner in corner_jobs(job)))
-        scheduler = ASHAScheduler(max_t=longest, grace_period=1, reduction_factor=3)
-    tuner = ray_tune.Tuner(
-        ray_tune.with_resources(_trial(job, study), _resources(job)),
-        param_space={key: _sampled(dimension) for key, dimension in search.space.items()},
+    return ray_tune.Tuner(
+        trainable,
+        # Drawn key by key: in an order that does not depend on how the file is written.
+        param_space={key: _sampled(dimension, search.searcher) for key, dimension in sorted(search.space.items())},
         tune_config=ray_tune.TuneConfig(
             metric=job.train.metric,
             mode=job.train.mode,
-            num_samples=search.trials,
-            scheduler=scheduler,
+            num_samples=1 if search.searcher == "grid" else search.points,
+            scheduler=_scheduler(job),
             max_concurrent_trials=_at_once(job),
-            search_alg=BasicVariantGenerator(random_state=job.train.seed),
+            search_alg=_searcher(job),
+            time_budget_s=search.time_budget_s,
+            # A process that has loaded its libraries takes the next trial too.
+            reuse_actors=not needs_group(job),
             trial_name_creator=lambda trial: str(trial.trial_id),
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
-        run_config=ray_tune.RunConfig(name="ray", storage_path=study.url, verbose=0, callbacks=[_Told(job, say)]),
+        run_config=ray_tune.RunConfig(
+            name="ray",
+            storage_path=study.url,
+            verbose=0,
+            callbacks=[_Told()],
+            failure_config=ray_tune.FailureConfig(max_failures=job.scale.max_failures),
+        ),
     )
-    found = tuner.fit()
-    return [_told(job, found[number]) for number in range(len(found))]
+
+
+def _scheduler(job: JobConfig) -> Any:
+    match search_of(job).scheduler:
+        case "asha":
+            longest = max(job.train.epochs, *(corner.train.epochs for _, corner in corner_jobs(job)))
+            return ASHAScheduler(time_attr="epoch", max_t=longest, grace_period=1, reduction_factor=3)
+        case "median":
+            return MedianStoppingRule(time_attr="epoch", grace_period=1, min_samples_required=2)
+    return None
+
+
+def _searcher(job: JobConfig) -> Any:
+    if search_of(job).searcher == "optuna":
+        from optuna.samplers import TPESampler
+        from ray.tune.search.optuna import OptunaSearch
+
+        return OptunaSearch(sampler=TPESampler(seed=job.train.seed))
+    return BasicVariantGenerator(random_state=job.train.seed)
 
 
 def _trial(job: JobConfig, study: Run) -> Callable[[dict[str, Any]], None]:
@@ -141,20 +241,26 @@ def _trial(job: JobConfig, study: Run) -> Callable[[dict[str, Any]], None]:
 
     here = Path.cwd()
 
-    def trial(values: dict[str, Any]) -> None:
-        drawn = job.with_values(values).anchored(here)
+    def trial(config: dict[str, Any]) -> None:
+        drawn = job.with_values(_values(config)).anchored(here)
         folder = _folder(study, ray_tune.get_context().get_trial_id())
-        if not needs_group(job):
-            import torch
-
-            torch.set_num_threads(job.scale.cpus_per_worker)
-            ready = prepare(drawn)
-            with tracked(drawn, folder, Callbacks(report=ray_tune.report)) as callbacks:
-                fit(drawn, ready.rows, ready.task, ready.start, folder, callbacks)
-        else:
-            fit_on_ray(drawn, folder, lambda moment: None, [TuneReportCallback()])
+        run_trial(drawn, folder, ray_tune.report, _in_group if needs_group(job) else _alone)
 
     return trial
+
+
+def _alone(job: JobConfig, folder: str, report: Report, watch: Callable[[Moment], None]) -> None:
+    import torch
+
+    torch.set_num_threads(job.scale.cpus_per_worker)
+    ready = prepare(job)
+    with tracked(job, folder, Callbacks(report=report, watch=watch)) as callbacks:
+        fit(job, ready.rows, ready.task, ready.start, folder, callbacks)
+
+
+def _in_group(job: JobConfig, folder: str, report: Report, watch: Callable[[Moment], None]) -> None:  # noqa: ARG001
+    # Its workers report to Ray Train's controller, which hands it on to Tune.
+    fit_on_ray(job, folder, watch, [TuneReportCallback()])
 
 
 def _resources(job: JobConfig) -> dict[str, float]:
@@ -166,63 +272,37 @@ def _resources(job: JobConfig) -> dict[str, float]:
 
 
 def _at_once(job: JobConfig) -> int:
-    """How many trials run at the same time: as asked, but never more than fit, or worker groups would wait forever."""
-    have, workers = ray.cluster_resources(), job.scale.least_workers
-    fits = int(have.get("CPU", 1) // (workers * job.scale.cpus_per_worker))
-    if job.scale.gpus_per_worker:
-        fits = min(fits, int(have.get("GPU", 0) // (workers * job.scale.gpus_per_worker)))
-    wanted = search_of(job).concurrent
-    return max(1, fits if wanted == "auto" else min(wanted, fits))
+    have = ray.cluster_resources()
+    return at_once(job, int(have.get("CPU", 1)), int(have.get("GPU", 0)))
 
 
-def _sampled(dimension: Dimension) -> Any:
+def _sampled(dimension: Dimension, searcher: str) -> Any:
     if dimension.loguniform:
         return ray_tune.loguniform(*dimension.loguniform)
     if dimension.uniform:
         return ray_tune.uniform(*dimension.uniform)
-    return ray_tune.choice(dimension.choice or [])
+    # As text: Tune would search inside a choice that is a section, and Optuna takes plain values alone.
+    texts = [json.dumps(choice) for choice in dimension.choice or []]
+    return ray_tune.grid_search(texts) if searcher == "grid" else ray_tune.choice(texts)
 
 
-def _silent(line: str) -> None:
-    """Say nothing."""
+def _values(config: dict[str, Any]) -> dict[str, Any]:
+    """What a trial tries, by the job's keys."""
+    return {key: json.loads(value) if isinstance(value, str) else value for key, value in config.items()}
 
 
-class _Told(ray_tune.Callback):
-    """Passes on what trials report, a line per epoch."""
-
-    def __init__(self, job: JobConfig, say: Say) -> None:
-        self._metric, self._say = job.train.metric, say
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune saves its callbacks with the study; where a line goes on this terminal can't be saved, nor is it needed.
-        return {"_metric": self._metric, "_say": _silent}
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        """Called by Tune in the driver."""
-        values = ", ".join(
-            f"{key} {value:.2e}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in trial.config.items()
-        )
-        self._say(
-            f"  trial {trial.trial_id}  epoch {result['epoch']}  {self._metric} {result[self._metric]:.4f}  ({values})"
-        )
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Called by Tune in the driver."""
-        self._say(f"  trial {trial.trial_id}  failed")
-
-
-def _told(job: JobConfig, result: Any) -> Trial:
-    """What Tune knows of a trial, with the best score it reached at any epoch."""
-    history = result.metrics_dataframe
-    metrics = result.metrics or {}
-    scores = history[job.train.metric] if history is not None and job.train.metric in history else []
-    best = (max if job.train.mode == "max" else min)(scores) if len(scores) else None
+def _told(job: JobConfig, study: Run, result: Any) -> Trial:
+    """What is known of a trial, with the best score it reached at any epoch."""
+    name = Path(result.path).name
+    values = told_values(job, _values(result.config))
+    record, history = recorded(_folder(study, name)), history_of(_folder(study, name))
+    scores = [entry[job.train.metric] for entry in history]
+    best = (max if job.train.mode == "max" else min)(scores, default=None)
     status = "done"
-    if result.error is not None:
+    if record.failure is not None:
+        status = record.failure.reason
+    elif result.error is not None:
         status = str(result.error).strip().splitlines()[-1]
-    elif len(scores) < job.with_values(result.config).train.epochs:
+    elif len(scores) < job.with_values(values).train.epochs and not record.done:
         status = "stopped early"
-    name = metrics.get("trial_id") or Path(result.path).name
-    seconds = float(metrics.get("time_total_s", 0.0))
-    return Trial(name, dict(result.config), status, len(scores), seconds, None if best is None else float(best))
+    return Trial(name, values, status, len(scores), round(record.seconds, 3), best, history, record.prefix)

@@ -1,7 +1,7 @@
 """The search space of a job: every value it can draw, checked before a trial starts."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from banjoray.config.job import JobConfig
@@ -34,6 +34,31 @@ def corner_jobs(job: JobConfig) -> Iterator[tuple[str, JobConfig]]:
                 yield key, job.with_values({key: value})
             except ConfigError as error:
                 raise ConfigError(f"tune.space: {error}") from None
+
+
+def at_once(job: JobConfig, cpus: int, gpus: int) -> int:
+    """How many trials run at the same time on so much: as asked, but never more than fit.
+
+    Worker groups that found no room would wait for each other for ever.
+    """
+    search, scale = search_of(job), job.scale
+    fits = cpus // (scale.least_workers * scale.cpus_per_worker)
+    if scale.gpus_per_worker:
+        fits = min(fits, gpus // (scale.least_workers * scale.gpus_per_worker))
+    return max(1, min(search.points, fits if search.concurrent == "auto" else min(search.concurrent, fits)))
+
+
+def told_values(job: JobConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A point of the space as the job reads it: 5e-05 is a text in YAML, and a number where a number is needed."""
+    drawn = job.with_values(values).to_json()
+
+    def read(key: str, value: Any) -> Any:
+        found: Any = drawn
+        for part in key.split("."):
+            found = found[part]
+        return found if isinstance(found, int | float) else value
+
+    return {key: read(key, value) if isinstance(value, str) else value for key, value in values.items()}
 
 
 def _corners(dimension: Dimension) -> list[Any]:
