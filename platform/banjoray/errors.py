@@ -10,6 +10,7 @@
     |       `-- BrokenVersion         1  files of a version differ from its manifest
     |-- TrainingFailed                1  the workers gave up, after every retry
     |   |-- OutOfMemory                  a microbatch did not fit; the next start takes smaller ones
+    |   |-- Untrainable                  the values of the job can't be trained with
     |   `-- Stopped                      the run was told to end; the same command goes on
     |-- ClusterError                  1  Ray, Serve or the job server did not do its part
     |-- GateRefused                   3  the model was trained and its score is below the gate
@@ -66,6 +67,10 @@ class TrainingFailed(BanjorayError):
 
 class OutOfMemory(TrainingFailed):
     """A microbatch did not fit into the GPU's memory; its half has been noted in the run's folder."""
+
+
+class Untrainable(TrainingFailed):
+    """What was asked for can't be trained: losses that are no numbers, or a row that is larger than the memory."""
 
 
 class Stopped(TrainingFailed):

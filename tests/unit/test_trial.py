@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from banjoray.config.job import JobConfig
-from banjoray.errors import ConfigError, DataError, TrainingFailed
+from banjoray.errors import ConfigError, DataError, TrainingFailed, Untrainable
 from banjoray.training.checkpoints import Store
 from banjoray.training.interface import Callbacks, Moment
 from banjoray.training.loop import fit
@@ -104,7 +104,8 @@ def test_losses_that_are_no_numbers_cost_the_trial_its_score_and_nothing_else(jo
         (KeyError("logits"), "bug", "KeyError: 'logits'"),
         (DataError("rows.jsonl row 7 holds nothing"), "bug", "DataError: rows.jsonl row 7 holds nothing"),
         (AttributeError(), "bug", "AttributeError: AttributeError"),
-        (TrainingFailed("a microbatch of one row does not fit"), "no_score", "a microbatch of one row does not fit"),
+        (TrainingFailed("the disk is full"), "bug", "TrainingFailed: the disk is full"),
+        (Untrainable("a microbatch of one row does not fit"), "no_score", "a microbatch of one row does not fit"),
         (ConfigError("freeze: found backbone with adapter"), "no_score", "freeze: found backbone with adapter"),
     ],
 )

@@ -55,7 +55,7 @@ def _quiet(module: nn.Module) -> None:
 class _Reached(Exception):
     """A forward pass has come to the cut."""
 
-    def __init__(self, states: Tensor) -> None:
+    def __init__(self, states: Any) -> None:
         super().__init__()
         self.states = states
 
@@ -94,7 +94,10 @@ class Cut:
         try:
             self._model.base_model(**inputs)
         except _Reached as reached:
-            return reached.states
+            states = reached.states
+            if isinstance(states, Tensor):
+                return states
+            raise ModelError(f"freeze: blocks of {type(self._model).__name__} give more than states") from None
         finally:
             hook.remove()
         raise ModelError(f"freeze: {type(self._model).__name__} never runs its block {self.depth - 1}")
@@ -105,10 +108,14 @@ class Cut:
             return False
         training = self._model.training
         self._model.eval()
-        with torch.inference_mode():
-            states = self.below(probe_of(self._model))
-        self._model.train(training)
-        return states.shape[1] == 1
+        try:
+            with torch.inference_mode():
+                return self.below(probe_of(self._model)).shape[1] == 1
+        except ModelError:
+            # `agrees` says what that means.
+            return False
+        finally:
+            self._model.train(training)
 
     def start_above(self) -> None:
         """From now on a forward pass starts from ``states``."""

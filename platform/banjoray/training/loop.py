@@ -16,7 +16,7 @@ import torch
 
 from banjoray.config.job import JobConfig
 from banjoray.data.batches import batches_of, shares
-from banjoray.errors import ConfigError, OutOfMemory, TrainingFailed
+from banjoray.errors import ConfigError, OutOfMemory, TrainingFailed, Untrainable
 from banjoray.models.readout import read_first_only
 from banjoray.models.vocabulary import narrow
 from banjoray.tasks.task import Task
@@ -93,14 +93,14 @@ def _fit(
 
 
 def _microbatched(job: JobConfig, count: int, notes: list[str]) -> JobConfig:
-    """The job with at least ``count`` microbatches per worker and step; raises TrainingFailed below one row each."""
+    """The job with at least ``count`` microbatches per worker and step; raises Untrainable below one row each."""
     if count == job.train.gradient_accumulation_steps:
         return job
     notes.append(f"{count} microbatches per step, since larger ones did not fit into memory")
     try:
         return job.with_values({"train.gradient_accumulation_steps": count})
     except ConfigError:
-        raise TrainingFailed(
+        raise Untrainable(
             "a microbatch of one row does not fit into memory; lower data.max_length, or set "
             "train.gradient_checkpointing=true, an adapter, or scale.strategy=zero3"
         ) from None
@@ -237,7 +237,7 @@ class _Session:
         # Under fp16 an overflow is how the loss scale finds its place.
         broken = not (np.isfinite(beat.loss) and (np.isfinite(norm) or self._fp16))
         if broken and position.broken >= self._job.train.max_skipped_steps:
-            raise TrainingFailed(self._not_a_number(beat.loss, norm, batch, rate))
+            raise Untrainable(self._not_a_number(beat.loss, norm, batch, rate))
         moved = np.isfinite(norm) and not broken
         self._position = replace(
             position,

@@ -12,8 +12,8 @@ one waits for the other; a torn one is made again.
 import hashlib
 import json
 import math
+import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -162,7 +162,13 @@ def kept_prefix(job: JobConfig, model: Any, rows: Rows, bf16: bool, notes: list[
         return None
     began = time.perf_counter()
     shelf = _Shelf(job, model, cut, narrow, rows.pad_id)
-    found = [shelf.states(rows.train, bf16), shelf.states(rows.validation, False)]
+    try:
+        found = [shelf.states(rows.train, bf16), shelf.states(rows.validation, False)]
+    except OSError as error:
+        if job.cache.prefix == "always":
+            raise ConfigError(f"cache.prefix: found always, but {prefix_cache(job)} can't be used ({error})") from None
+        notes.append(f"no states are kept: {prefix_cache(job)} can't be used ({error})")
+        return None
     if None in found:
         return None
     train, validation = (Above(cut, states) for states in found if states)
@@ -226,11 +232,17 @@ class _Shelf:
 
     def _fill(self, entry: Path, tokens: Tokens, offsets: np.ndarray, bf16: bool) -> None:
         """Compute an entry: beside, then renamed."""
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=self._folder))
+        staging = self._folder / f".staging-{entry.name}"
+        # Left by a process that was killed: its lock is ours now.
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
         try:
             shape = (int(offsets[-1]), self._width)
             kind = np.int16 if bf16 else np.float32
             stream = np.lib.format.open_memmap(staging / STATES, mode="w+", dtype=kind, shape=shape)
+            with (staging / STATES).open("r+b") as file:
+                # A full disk is an error here; met later, in the mapped memory, it would kill the process.
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
             for rows, states in self._computed(tokens, bf16):
                 where = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows])
                 stream[where] = states

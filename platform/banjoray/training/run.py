@@ -166,7 +166,10 @@ def worker_environment(job: JobConfig) -> dict[str, str]:
     # On a machine with GPUs, DeepSpeed would take them for a CPU run too. OpenMP's threads wait for each other by
     # spinning, 300,000 times unless told: where any other process wants a core, that costs ten times what it takes.
     device = {} if job.scale.gpus_per_worker else {"DS_ACCELERATOR": "cpu", "GOMP_SPINCOUNT": "10000"}
-    return job.hub.environment() | device | {"TOKENIZERS_PARALLELISM": "false", STAY: "0"}
+    # How long Tune waits for a stopped trial to close its trackers; after the 2 s that it waits unless told, it gives
+    # up the next trial too.
+    trials = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "600"}
+    return job.hub.environment() | device | trials | {"TOKENIZERS_PARALLELISM": "false", STAY: "0"}
 
 
 def _check_room(job: JobConfig) -> None:

@@ -146,11 +146,12 @@ def _fit_alone(job: JobConfig, run: str, watch: Watch, exact: bool) -> FitResult
                 if told.is_set() or not result.stopped:
                     return result
                 reason = "it got a SIGTERM"
-            except ray.exceptions.RayActorError as error:
-                reason = _last_line(error)
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, BanjorayError):
                     raise error.cause from None
+                reason = _last_line(error)
+            except ray.exceptions.RayError as error:
+                # Its process or node is gone.
                 reason = _last_line(error)
             finally:
                 ray.kill(worker)

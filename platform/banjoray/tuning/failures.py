@@ -7,7 +7,7 @@ checkpoint. What does not fit into memory is halved inside the run (`training.lo
 from dataclasses import dataclass
 from typing import Literal
 
-from banjoray.errors import ConfigError, TrainingFailed
+from banjoray.errors import ConfigError, Untrainable
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Failure:
 def classify(error: Exception) -> Failure:
     """What an error that ended a trial means for the study.
 
-    TrainingFailed: losses that are no numbers, a row that does not fit into memory, workers that gave up. ConfigError:
-    values that do not go together (an adapter and a frozen backbone); each alone was checked before the first trial, as
-    rows were. Anything else is unreadable data, or a fault in the program.
+    Untrainable: losses that are no numbers, a row that does not fit into memory. ConfigError: values that do not go
+    together (an adapter and a frozen backbone); each alone was checked before the first trial, as rows were. Anything
+    else is unreadable data, a full disk, lost workers, or a fault in the program.
     """
     lines = str(error).strip().splitlines()
     reason = lines[-1] if lines else type(error).__name__
-    if isinstance(error, TrainingFailed | ConfigError):
+    if isinstance(error, Untrainable | ConfigError):
         return Failure("no_score", reason)
     return Failure("bug", f"{type(error).__name__}: {reason}")

@@ -32,9 +32,6 @@ from banjoray.tuning.footprint import (
 )
 from banjoray.tuning.space import STRUCTURAL, at_once, corner_jobs, search_of
 
-# Keys that decide which weights there are, and which of them are trained.
-SHAPING = (*STRUCTURAL, "adapter")
-
 
 @dataclass(frozen=True)
 class Work:
@@ -125,7 +122,7 @@ def plan(job: JobConfig) -> Plan:
     """
     ready, corners = checked(job)
     own = shaped(job, ready)
-    others = _corner_shapes(corners, ready)
+    others = _corner_shapes(corners)
     tried = {str(shape.job.freeze): shape for key, shape in (*others, ("freeze", own)) if key == "freeze"}
     freezes = tuple(_frozen(shape, shape is own) for shape in tried.values())
     work = work_of(job, ready.rows)
@@ -187,15 +184,13 @@ def padding(lengths: np.ndarray, batches: Iterable[np.ndarray]) -> float:
     return 1 - sum(tokens for _, tokens in sizes) / sum(cells for cells, _ in sizes)
 
 
-def _corner_shapes(corners: Iterable[tuple[str, JobConfig]], ready: Ready) -> list[tuple[str, Shape]]:
-    """The models at the corners of a space, with the key; refused as a search refuses them. ``ready`` is the job's."""
+def _corner_shapes(corners: Iterable[tuple[str, JobConfig]]) -> list[tuple[str, Shape]]:
+    """The models at the corners of a space, with the key; refused as a search refuses them."""
     shapes = []
     for key, corner in corners:
         check(corner)
-        section = key.split(".")[0]
-        found = prepare(corner) if section in STRUCTURAL else ready
-        if section in SHAPING:
-            shapes.append((key, shaped(corner, found)))
+        if key.split(".")[0] in STRUCTURAL:
+            shapes.append((key, shaped(corner, prepare(corner))))
     return shapes
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,10 @@ def tune(job: JobConfig, say: Say = lambda line: None) -> StudyResult:
         janitor = Janitor(job, together)
         trials = _run_trials(drawn_from, study, _Driver(drawn_from, study, say, janitor), keys)
         ranked = sorted(trials, key=lambda trial: _rank(trial, job))
-        winner = ranked[0]
-        if winner.score is None:
-            raise TrainingFailed(f"no trial of {study.id} finished an epoch; the first failed with: {winner.status}")
+        winner = ranked[0] if ranked else None
+        if winner is None or winner.score is None:
+            reason = f"the first ended with: {winner.status}" if winner else "none began; raise tune.time_budget_s"
+            raise TrainingFailed(f"no trial of {study.id} finished an epoch; {reason}")
         version = _register(job, study, winner)
         finished = StudyResult(
             study.id,
@@ -114,10 +116,20 @@ class _Driver:
 
     def ended(self, trial: str, others: Iterable[str]) -> None:
         """Look at how a trial ended; make room. ``others`` are those that had ended before."""
-        failure = recorded(_folder(self._study, trial)).failure
-        if failure is not None:
-            self.say(f"  trial {trial}  failed: {failure.reason}")
-        self._janitor.tidy({name: _folder(self._study, name) for name in (trial, *others)})
+        folder = _folder(self._study, trial)
+        record = recorded(folder)
+        if record.failure is not None:
+            self.say(f"  trial {trial}  failed: {record.failure.reason}")
+        if needs_group(self.job):
+            # The workers of a group that is stopped work on for a moment, and keep no record themselves.
+            replace(record, history=history_of(folder)).save(folder)
+            self.tidy(others)
+        else:
+            self.tidy((trial, *others))
+
+    def tidy(self, trials: Iterable[str]) -> None:
+        """Make room on disk: of trials that have ended."""
+        self._janitor.tidy({trial: _folder(self._study, trial) for trial in trials})
 
     def died(self, trial: str) -> None:
         """Look at why a trial's process ended; raises TrainingFailed if that would break others too."""
@@ -185,7 +197,9 @@ def _run_trials(job: JobConfig, study: Run, driver: _Driver, keys: str) -> list[
     finally:
         _driving.pop()
     # A time budget leaves trials that never began: Tune has no values for them.
-    return [_told(job, study, found[number]) for number in range(len(found)) if found[number].config]
+    told = [_told(job, study, found[number]) for number in range(len(found)) if found[number].config]
+    driver.tidy(trial.trial for trial in told)
+    return told
 
 
 def _tuner(job: JobConfig, study: Run, trainable: Any) -> Any:
@@ -223,8 +237,17 @@ def _scheduler(job: JobConfig) -> Any:
             longest = max(job.train.epochs, *(corner.train.epochs for _, corner in corner_jobs(job)))
             return ASHAScheduler(time_attr="epoch", max_t=longest, grace_period=1, reduction_factor=3)
         case "median":
-            return MedianStoppingRule(time_attr="epoch", grace_period=1, min_samples_required=2)
+            return _Median(time_attr="epoch", grace_period=1, min_samples_required=2)
     return None
+
+
+class _Median(MedianStoppingRule):
+    """Tune's rule, which takes the last result of every trial for a score (Ray 2.60), also of one that has none."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Called by Tune in the driver."""
+        if "epoch" in result:
+            super().on_trial_complete(tune_controller, trial, result)
 
 
 def _searcher(job: JobConfig) -> Any:

@@ -9,7 +9,7 @@ from banjoray.config.search import Dimension, SearchConfig
 from banjoray.errors import ConfigError
 
 # Keys whose values decide whether a model can be cut or a row be read; each choice is prepared in full.
-STRUCTURAL = ("freeze", "model", "data")
+STRUCTURAL = ("freeze", "adapter", "model", "data")
 # What all trials of a study have in common: how they are compared, where they run and are kept.
 FIXED = ("tune", "storage", "registry", "hub", "name", "task", "scale", "train.metric", "train.mode")
 

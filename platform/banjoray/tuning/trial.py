@@ -49,6 +49,9 @@ def run_trial(job: JobConfig, folder: str, report: Report, run: Run) -> None:
         nonlocal record
         record = replace(record, prefix=moment.prefix)
 
+    if recorded(folder).failure:
+        # Mended meanwhile; if this process dies, it was not of that.
+        save()
     try:
         run(job, folder, told, watch)
     except Exception as error:
