@@ -2,7 +2,7 @@
 
 The usual classification heads look at one position, the first. All others of the top block's output are thrown away:
 its feed-forward part, most of the block, is then work for nothing. Cut there, the outputs and gradients are the same,
-and a model of six blocks does an eighth less. Where a run trains the top two blocks alone, it is a third.
+and a model of six blocks does an eighth less. Of the top two blocks alone it is three eighths.
 """
 
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 from banjoray.errors import ModelError
 from banjoray.models.blocks import find_blocks, probe_of
 
-# What first comes after attention in a block and is given all it will need of it: BERT's, RoBERTa's, ELECTRA's and
-# DeBERTa's output layer (with the residual), DistilBERT's norm (of the sum).
+# What first comes after attention in a block and is given all it will need of it: BERT's, RoBERTa's and ELECTRA's
+# output layer (with the residual), DistilBERT's norm (of the sum).
 AFTER_ATTENTION = ("attention.output", "sa_layer_norm")
 
 
