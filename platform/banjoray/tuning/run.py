@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from optuna.samplers import TPESampler
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search.optuna import OptunaSearch
 
 import ray
 from banjoray.config.job import JobConfig
@@ -250,12 +252,20 @@ class _Median(MedianStoppingRule):
             super().on_trial_complete(tune_controller, trial, result)
 
 
+class _Optuna(OptunaSearch):
+    """Tune's bridge to Optuna, told of whole trials only.
+
+    Scores of epochs serve Optuna's pruners, which are not in use: the scheduler stops trials. A trial that goes on after
+    a restart counts its reports from one again (Ray 2.60), which Optuna 5 warns of.
+    """
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Called by Tune in the driver."""
+
+
 def _searcher(job: JobConfig) -> Any:
     if search_of(job).searcher == "optuna":
-        from optuna.samplers import TPESampler
-        from ray.tune.search.optuna import OptunaSearch
-
-        return OptunaSearch(sampler=TPESampler(seed=job.train.seed))
+        return _Optuna(sampler=TPESampler(seed=job.train.seed))
     return BasicVariantGenerator(random_state=job.train.seed)
 
 
