@@ -89,8 +89,8 @@ def test_all_mistakes_are_listed_one_a_line() -> None:
         ({"data.files": {"train": "a.csv"}}, "data: needs either 'source' or 'files', found both"),
         ({"data.source": None}, "data: needs either 'source' or 'files', found neither"),
         ({"data.source": None, "data.files": {"test": "a.csv"}}, "key 'data.files.train' is missing"),
-        ({"train.metric": "loss"}, "train: metric 'loss' with mode 'max'; only loss is minimised"),
-        ({"train.mode": "min"}, "train: metric 'f1_macro' with mode 'min'; only loss is minimised"),
+        ({"train.metric": "loss", "train.mode": "max"}, "train: metric 'loss' with mode 'max'; only loss and "),
+        ({"train.mode": "min"}, "train: metric 'f1_macro' with mode 'min'; only loss and perplexity are minimised"),
         (
             {"train.batch_size": 5, "scale.workers": 2, "train.gradient_accumulation_steps": 3},
             "train.batch_size: found 5, needed at least 6 (scale.workers 2 x gradient_accumulation_steps 3)",

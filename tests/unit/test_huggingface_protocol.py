@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from banjoray.errors import RequestError
-from banjoray.serving.protocols.huggingface import Ask, answer, parse
+from banjoray.serving.protocols.huggingface import parse
+from banjoray.tasks.task import Ask, Seen
 from banjoray.tasks.text_classification import TextClassification
 
 TASK = TextClassification()
@@ -17,6 +18,10 @@ MAX_ROWS = 4
 
 def ask(request: Any) -> Ask:
     return parse(json.dumps(request).encode(), TASK, MAX_ROWS)
+
+
+def answer(outputs: list[np.ndarray], asked: Ask) -> Any:
+    return TASK.answer(asked, [Seen([], [row]) for row in outputs], LABELS, None)
 
 
 def refusal(body: bytes) -> RequestError:
@@ -36,7 +41,7 @@ def refusal(body: bytes) -> RequestError:
     ],
 )
 def test_the_rows_of_a_request_are_the_tasks(inputs: Any, rows: list[dict[str, str]]) -> None:
-    assert ask({"inputs": inputs}) == Ask(rows, {})
+    assert ask({"inputs": inputs}) == Ask(rows, {}, single=not isinstance(inputs, list))
 
 
 @pytest.mark.parametrize("parameters", [{}, {"top_k": 2}, {"function_to_apply": "none", "top_k": None}])
@@ -130,18 +135,18 @@ def test_too_many_rows_get_413_before_any_of_them_is_looked_at(count: int) -> No
 def test_an_answer_is_a_list_per_row_even_for_one(rows: int) -> None:
     outputs = list(np.random.default_rng(rows).normal(size=(rows, 3)).astype(np.float32))
     asked = ask({"inputs": ["a"] * rows, "parameters": {"top_k": 2}})
-    answers = answer(outputs, asked, TASK, LABELS)
-    assert answers == [TASK.answer(row, LABELS, {"top_k": 2}) for row in outputs]
+    answers = answer(outputs, asked)
+    assert answers == [answer([row], ask({"inputs": "a", "parameters": {"top_k": 2}}))[0] for row in outputs]
     assert [row[0]["label"] for row in answers] == [LABELS[row.argmax()] for row in outputs]
     assert [len(row) for row in answers] == [2] * rows
 
 
 def test_an_answer_is_plain_json() -> None:
-    answers = answer([np.zeros(3, dtype=np.float32)], ask({"inputs": "a"}), TASK, LABELS)
+    answers = answer([np.zeros(3, dtype=np.float32)], ask({"inputs": "a"}))
     assert json.loads(json.dumps(answers, allow_nan=False)) == answers
 
 
 def test_a_wrong_parameter_gets_422_by_name() -> None:
     with pytest.raises(RequestError, match=r"^parameters: unknown \['topk'\]") as caught:
-        answer([np.zeros(3)], ask({"inputs": "a", "parameters": {"topk": 1}}), TASK, LABELS)
+        answer([np.zeros(3)], ask({"inputs": "a", "parameters": {"topk": 1}}))
     assert caught.value.status == 422

@@ -1,15 +1,16 @@
 """The loss of a batch is a weighted mean over its rows, whoever computes which of them."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from banjoray.config.job import JobConfig
+from banjoray.data.tokens import Tokens
 from banjoray.errors import ConfigError
 from banjoray.tasks.task import task_for
 from banjoray.training.objective import Objective, row_weights
@@ -17,6 +18,8 @@ from factories import make_job
 
 LABELS = ("anger", "joy", "love")
 TARGETS = np.array([0, 1, 1, 2, 1, 0, 1, 1])
+TOKENS = Tokens({}, np.arange(9), TARGETS)
+TASK = task_for("text-classification")
 LOGITS = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
 
 
@@ -28,13 +31,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> JobConfig:
 def loss(job: JobConfig, parts: list[list[int]], **changes: Any) -> float:
     """The loss of all rows, in parts; an empty part is of row 0 and has no weight."""
     changed = job.with_values({key.replace("__", "."): value for key, value in changes.items()})
-    objective = Objective(changed, task_for("text-classification"), TARGETS, LABELS)
+    objective = Objective(changed, TASK, TOKENS, LABELS)
     total = objective.total(np.arange(8))
     found = 0.0
     for part in parts:
         rows = np.array(part or [0])
-        share = objective.share(rows, total, empty=not part)
-        found += float(share(SimpleNamespace(logits=LOGITS[rows])))
+        share = objective.share(rows, TARGETS[rows], total, empty=not part)
+        found += float(share(SequenceClassifierOutput(logits=LOGITS[rows])))
     return found
 
 
@@ -65,7 +68,7 @@ def test_the_loss_is_torchs_weighted_mean_however_the_rows_are_shared_out(
 
 
 def test_balanced_weights_give_every_label_the_same_sum(job: JobConfig) -> None:
-    weights = row_weights(job.with_values({"train.class_weights": "balanced"}), TARGETS, LABELS)
+    weights = row_weights(job.with_values({"train.class_weights": "balanced"}), TASK, TOKENS, LABELS)
     assert [weights[label == TARGETS].sum() for label in range(3)] == pytest.approx([8 / 3] * 3)
 
 
@@ -74,7 +77,7 @@ def test_a_weight_for_a_label_that_the_data_does_not_have_is_refused(job: JobCon
     with pytest.raises(
         ConfigError, match=r"train\.class_weights: no label 'hate' in the data; it has anger, joy, love"
     ):
-        row_weights(wanted, TARGETS, LABELS)
+        row_weights(wanted, TASK, TOKENS, LABELS)
 
 
 def test_a_weight_for_an_unknown_label_stops_a_job_before_anything_starts(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ import yaml
 from banjoray import cli
 from banjoray.config.job import JobConfig
 from banjoray.data.batches import batches_of
+from banjoray.data.splits import Split
 from banjoray.data.tokens import Tokens
 from banjoray.errors import ModelError
 from banjoray.training.dropout import FastDropout
@@ -47,7 +49,7 @@ def of_lengths(*lengths: int) -> Rows:
     """Rows of those lengths."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = Tokens({"input_ids": np.zeros(offsets[-1], np.int32)}, offsets, np.zeros(len(lengths), np.int64))
-    return Rows(tokens, tokens, ("a", "b"), 0)
+    return Rows(tokens, tokens, ("a", "b"), 0, Split("validation", datasets.Dataset.from_dict({}), {}))
 
 
 def by_strategy(found: Plan) -> Mapping[str, Memory]:

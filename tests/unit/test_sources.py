@@ -14,7 +14,8 @@ import pytest
 
 from banjoray.config.job import DataConfig, HubConfig
 from banjoray.config.section import validate
-from banjoray.data.sources import Source, read
+from banjoray.data.sources import Source, check_text, read
+from banjoray.data.splits import named_columns
 from banjoray.errors import DataError
 from banjoray.models.loading import use_hub
 
@@ -54,7 +55,17 @@ def write(path: Path, rows: Rows) -> Path:
 
 def load(path: object, **columns: str) -> Source:
     data = validate(DataConfig, {"files": {"train": str(path)}, "columns": columns}, "data")
-    return read(data, HubConfig())["train"]
+    return read_texts(data)["train"]
+
+
+def read_texts(data: DataConfig, hub: HubConfig | None = None) -> dict[str, Source]:
+    """As a task that classifies texts reads them."""
+    texts = named_columns(data, ("text", "text_pair"))
+    sources = read(data, hub or HubConfig(), texts | named_columns(data, ("label",)))
+    for source in sources.values():
+        for column in texts.values():
+            check_text(source, column)
+    return sources
 
 
 def refusal(path: object, **columns: str) -> str:
@@ -233,11 +244,11 @@ def test_each_split_is_checked_and_named_by_its_own_file(tmp_path: Path) -> None
     write(tmp_path / "held-out.jsonl", [{"text": "x", "label": "joy"}, {"text": " ", "label": "joy"}])
     files = {"train": str(tmp_path / "train.jsonl"), "test": str(tmp_path / "held-out.jsonl")}
     with pytest.raises(DataError, match=r"held-out\.jsonl row 2, column 'text' holds only blanks"):
-        read(validate(DataConfig, {"files": files}, "data"), HubConfig())
+        read_texts(validate(DataConfig, {"files": files}, "data"))
 
 
 def test_the_shipped_set_has_three_splits() -> None:
-    sources = read(DataConfig(source="banjoray:emotion"), HubConfig())
+    sources = read_texts(DataConfig(source="banjoray:emotion"))
     assert {split: len(source.rows) for split, source in sources.items()} == {
         "train": 600,
         "validation": 60,
@@ -248,7 +259,7 @@ def test_the_shipped_set_has_three_splits() -> None:
 @pytest.mark.parametrize("name", ["banjoray:emotions", "banjoray:", "banjoray:../samples"])
 def test_a_set_that_does_not_ship_is_refused_with_those_that_do(name: str) -> None:
     with pytest.raises(DataError) as caught:
-        read(DataConfig(source=name), HubConfig())
+        read_texts(DataConfig(source=name))
     assert str(caught.value) == f"data.source: no data set '{name}' ships with banjoray; there is banjoray:emotion"
 
 
@@ -263,7 +274,7 @@ def test_an_offline_job_refuses_a_hub_set_without_touching_the_network(asked_hos
     hub = HubConfig(offline=True)
     use_hub(hub)
     with pytest.raises(DataError) as caught:
-        read(DataConfig(source="nobody/nothing"), hub)
+        read_texts(DataConfig(source="nobody/nothing"), hub)
     message = str(caught.value)
     assert message.startswith("data.source: 'nobody/nothing' can't be had (")
     assert message.endswith("; hub.offline is true: set it to false, or use data.files")

@@ -1,8 +1,10 @@
 """Text classification: its score is scikit-learn's and torch's, and what it reads and answers over HTTP."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import datasets
 import evaluate
 import numpy as np
 import pytest
@@ -10,13 +12,26 @@ import torch
 from sklearn import metrics as sklearn_metrics
 
 from banjoray.config.job import JobConfig
+from banjoray.data.splits import Split
+from banjoray.data.tokens import Tokens
 from banjoray.errors import ConfigError, RequestError
 from banjoray.tasks import text_classification
-from banjoray.tasks.task import check_metrics, task_for
+from banjoray.tasks.task import Ask, Score, Seen, check_metrics, task_for
 from banjoray.tasks.text_classification import TextClassification
 
 TASK = TextClassification()
 LABELS = ("anger", "fear", "joy", "love")
+
+
+def scored(outputs: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> Score:
+    tokens = Tokens({}, np.arange(len(targets) + 1), targets)
+    return TASK.score(list(outputs), tokens, Split("test", datasets.Dataset.from_dict({}), {}), labels)
+
+
+def answered(outputs: np.ndarray, labels: Sequence[str], parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answer for one row."""
+    found: list[dict[str, Any]] = TASK.answer(Ask([{}], parameters), [Seen([], [outputs])], labels, None)[0]
+    return found
 
 
 def logits(seed: int, rows: int, labels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +45,7 @@ def test_the_score_is_what_scikit_learn_and_torch_compute(seed: int) -> None:
     outputs, targets = logits(seed, 1 + 7 * seed, labels)
     predicted = outputs.argmax(1)
     loss = torch.nn.functional.cross_entropy(torch.from_numpy(outputs).double(), torch.from_numpy(targets))
-    score = TASK.score(outputs, targets, [f"label {number}" for number in range(labels)])
+    score = scored(outputs, targets, [f"label {number}" for number in range(labels)])
     assert score.metrics == pytest.approx(
         {
             "accuracy": sklearn_metrics.accuracy_score(targets, predicted),
@@ -45,20 +60,20 @@ def test_the_score_is_what_scikit_learn_and_torch_compute(seed: int) -> None:
 
 
 def test_the_score_has_exactly_the_metrics_that_the_task_names() -> None:
-    score = TASK.score(*logits(1, 30, len(LABELS)), LABELS)
+    score = scored(*logits(1, 30, len(LABELS)), LABELS)
     assert tuple(score.metrics) == TASK.metrics
     assert all(type(value) is float for value in score.metrics.values())
 
 
 def test_the_confusion_has_true_labels_as_rows_and_answers_as_columns() -> None:
     outputs = np.eye(3, dtype=np.float32)[[0, 1, 1, 2, 0]]
-    score = TASK.score(outputs, np.array([0, 0, 0, 2, 2]), ["a", "b", "c"])
+    score = scored(outputs, np.array([0, 0, 0, 2, 2]), ["a", "b", "c"])
     assert score.confusion == ((1, 2, 0), (0, 0, 0), (1, 0, 1))
     assert score.to_json()["confusion"] == [[1, 2, 0], [0, 0, 0], [1, 0, 1]]
 
 
 def test_a_certain_and_wrong_answer_has_a_finite_loss() -> None:
-    score = TASK.score(np.array([[1e4, -1e4]], dtype=np.float32), np.array([1]), ["a", "b"])
+    score = scored(np.array([[1e4, -1e4]], dtype=np.float32), np.array([1]), ["a", "b"])
     assert score.metrics["loss"] == pytest.approx(2e4)
 
 
@@ -73,15 +88,15 @@ def test_the_metrics_are_an_evaluate_metric_and_scores_go_through_it(monkeypatch
 
     monkeypatch.setattr(metric, "compute", compute)
     outputs, targets = logits(2, 12, 4)
-    assert TASK.score(outputs, targets, LABELS).metrics["accuracy"] == 0.125
+    assert scored(outputs, targets, LABELS).metrics["accuracy"] == 0.125
     assert seen[0]["references"] is targets
     assert seen[0]["predictions"].tolist() == outputs.argmax(1).tolist()
 
 
 def test_one_score_leaves_nothing_behind_for_the_next() -> None:
-    first = TASK.score(*logits(3, 20, 4), LABELS)
-    TASK.score(*logits(4, 50, 4), LABELS)
-    assert TASK.score(*logits(3, 20, 4), LABELS) == first
+    first = scored(*logits(3, 20, 4), LABELS)
+    scored(*logits(4, 50, 4), LABELS)
+    assert scored(*logits(3, 20, 4), LABELS) == first
 
 
 def job_with(**changes: Any) -> JobConfig:
@@ -116,7 +131,7 @@ def test_the_task_is_found_by_the_name_in_a_job_file() -> None:
     ],
 )
 def test_every_accepted_shape_becomes_rows(inputs: Any, rows: list[dict[str, str]]) -> None:
-    assert TASK.parse(inputs) == rows
+    assert TASK.parse(inputs, {}) == Ask(rows, {}, single=not isinstance(inputs, list))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +160,7 @@ def test_every_accepted_shape_becomes_rows(inputs: Any, rows: list[dict[str, str
 )
 def test_every_other_shape_is_refused_and_the_row_named(inputs: Any, where: str) -> None:
     with pytest.raises(RequestError) as caught:
-        TASK.parse(inputs)
+        TASK.parse(inputs, {})
     assert str(caught.value).startswith(where)
     assert "needed" in str(caught.value)
     assert caught.value.status == 422
@@ -158,7 +173,7 @@ def scores_of(answer: list[dict[str, Any]]) -> list[float]:
 @pytest.mark.parametrize("seed", range(5))
 def test_an_answer_has_every_label_once_by_falling_score_and_the_scores_sum_to_one(seed: int) -> None:
     outputs = logits(seed, 1, 4)[0][0]
-    answer = TASK.answer(outputs, LABELS, {})
+    answer = answered(outputs, LABELS, {})
     assert sorted(str(entry["label"]) for entry in answer) == sorted(LABELS)
     assert scores_of(answer) == sorted(scores_of(answer), reverse=True)
     assert sum(scores_of(answer)) == pytest.approx(1, abs=1e-12)
@@ -169,13 +184,13 @@ def test_an_answer_has_every_label_once_by_falling_score_and_the_scores_sum_to_o
 
 
 def test_equal_scores_keep_the_order_of_labels() -> None:
-    assert [entry["label"] for entry in TASK.answer(np.zeros(4, dtype=np.float32), LABELS, {})] == list(LABELS)
+    assert [entry["label"] for entry in answered(np.zeros(4, dtype=np.float32), LABELS, {})] == list(LABELS)
 
 
 @pytest.mark.parametrize(("top_k", "count"), [(1, 1), (3, 3), (4, 4), (99, 4), (None, 4)])
 def test_top_k_keeps_the_best(top_k: int | None, count: int) -> None:
     outputs = logits(7, 1, 4)[0][0]
-    assert TASK.answer(outputs, LABELS, {"top_k": top_k}) == TASK.answer(outputs, LABELS, {})[:count]
+    assert answered(outputs, LABELS, {"top_k": top_k}) == answered(outputs, LABELS, {})[:count]
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid", "none", None])
@@ -183,13 +198,13 @@ def test_function_to_apply_turns_logits_into_scores(name: str | None) -> None:
     outputs = torch.tensor([-2.0, 3.0, 0.5, 1.0])
     logits = outputs.double()
     expected = {"sigmoid": logits.sigmoid(), "none": logits}.get(str(name), logits.softmax(0))
-    answer = TASK.answer(outputs.numpy(), LABELS, {"function_to_apply": name})
+    answer = answered(outputs.numpy(), LABELS, {"function_to_apply": name})
     assert scores_of(answer) == pytest.approx(sorted(expected.tolist(), reverse=True), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 def test_extreme_logits_give_finite_scores(name: str) -> None:
-    answer = TASK.answer(np.array([1e4, -1e4, 0, 5], dtype=np.float32), LABELS, {"function_to_apply": name})
+    answer = answered(np.array([1e4, -1e4, 0, 5], dtype=np.float32), LABELS, {"function_to_apply": name})
     assert all(math.isfinite(score) and 0 <= score <= 1 for score in scores_of(answer))
 
 
@@ -209,6 +224,6 @@ def test_extreme_logits_give_finite_scores(name: str) -> None:
 )
 def test_other_parameters_are_refused_by_name(parameters: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError) as caught:
-        TASK.answer(np.zeros(4, dtype=np.float32), LABELS, parameters)
+        answered(np.zeros(4, dtype=np.float32), LABELS, parameters)
     assert str(caught.value).startswith(words)
     assert caught.value.status == 422

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 import banjoray.data.tokens
+from banjoray.config.job import DataConfig
+from banjoray.data import tokens as made_by
 from banjoray.data.batches import padded
 from banjoray.data.splits import Split
-from banjoray.data.tokens import Tokens, cached_tokens, tokenise, tokenizer_digest
+from banjoray.data.tokens import Tokens, tokenizer_digest
+from banjoray.tasks.task import task_for
 from banjoray.training.preflight import prepare
 from factories import make_job, sample_rows, tiny_tokenizer
 
@@ -21,12 +24,22 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 TEXTS = tuple(row["text"] for row in sample_rows("train")[:120])
 MAX_LENGTH = 16
+TASK = task_for("text-classification")
 
 
 def split_of(texts: Sequence[str], pairs: Sequence[str] = (), targets: Sequence[int] | None = None) -> Split:
     columns = {"first": list(texts)} | ({"second": list(pairs)} if pairs else {})
     labels = np.arange(len(texts)) if targets is None else np.asarray(targets)
-    return Split("train", datasets.Dataset.from_dict(columns), tuple(columns), labels)
+    named = dict(zip(("text", "text_pair"), columns, strict=False))
+    return Split("train", datasets.Dataset.from_dict(columns), named, labels)
+
+
+def tokenise(split: Split, tokenizer: Any, max_length: int) -> Tokens:
+    return made_by.tokenise(split, TASK, tokenizer, DataConfig(source="-", max_length=max_length))
+
+
+def cached_tokens(split: Split, tokenizer: Any, max_length: int, cache: Path) -> Tokens:
+    return made_by.cached_tokens(split, TASK, tokenizer, DataConfig(source="-", max_length=max_length), cache)
 
 
 def rows_of(tokens: Tokens) -> Iterator[dict[str, list[int]]]:
@@ -173,7 +186,7 @@ def test_the_digest_of_a_tokenizer_does_not_depend_on_what_it_was_used_for() -> 
     assert tokenizer_digest(tokenizer) == before == tokenizer_digest(tiny_tokenizer())
 
 
-FILES = ("tokens.json", "input_ids.npy", "token_type_ids.npy", "offsets.npy", "targets.npy")
+FILES = ("tokens.json", "input_ids.npy", "token_type_ids.npy", "offsets.npy", "targets.npy", "rows.npy")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -196,10 +209,10 @@ def test_half_an_entry_is_rebuilt(tmp_path: Path, name: str, keep: float | None)
 
 def test_many_that_make_the_same_entry_at_once_all_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     many = 6
-    everybody = threading.Barrier(many, timeout=60)
+    everybody, plainly = threading.Barrier(many, timeout=60), made_by.tokenise
 
     def together(*arguments: Any) -> Tokens:
-        tokens = tokenise(*arguments)
+        tokens = plainly(*arguments)
         everybody.wait()
         return tokens
 

@@ -15,6 +15,8 @@ from banjoray.config.section import Section, known_keys, nearest, validate
 from banjoray.config.train import AdapterConfig, Freeze, ScaleConfig, TrainConfig, clear_freeze
 from banjoray.errors import ConfigError
 
+# Of every task, the metric that picks the best checkpoint unless the job names another.
+USUAL_METRICS = {"text-classification": "f1_macro"}
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -64,6 +66,10 @@ class DataConfig(Section):
     )
     max_length: int = Field(128, ge=4, description="Tokens per row; longer rows are cut, and counted in a warning.")
 
+    def cutting(self) -> dict[str, Any]:
+        """The keys that decide how rows become token ids."""
+        return self.model_dump(mode="json", include={"max_length"})
+
     @model_validator(mode="after")
     def _one_origin(self) -> "DataConfig":
         if (self.source is None) == (self.files is None):
@@ -75,7 +81,7 @@ class DataConfig(Section):
 class GateConfig(Section):
     """The score below which a model is not registered."""
 
-    metric: str = Field("f1_macro", description="The validation metric that is looked at.")
+    metric: str = Field("auto", description="The validation metric that is looked at; auto: the task's usual one.")
     at_least: float = Field(0.0, description="The lowest score that passes.")
 
 
@@ -146,6 +152,20 @@ class JobConfig(Section):
     @classmethod
     def _one_clear_message(cls, value: Any) -> Any:
         return clear_freeze(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_metrics(cls, value: Any) -> Any:
+        usual = USUAL_METRICS.get(str(value.get("task"))) if isinstance(value, dict) else None
+        if usual is None:
+            return value
+        train, registry = value.get("train", {}), value.get("registry", {})
+        if isinstance(train, dict) and train.get("metric", "auto") == "auto":
+            value = value | {"train": train | {"metric": usual}}
+        gate = registry.get("gate", {}) if isinstance(registry, dict) else None
+        if isinstance(gate, dict) and gate.get("metric", "auto") == "auto":
+            value = value | {"registry": registry | {"gate": gate | {"metric": usual}}}
+        return value
 
     @model_validator(mode="after")
     def _batches_reach_every_worker(self) -> "JobConfig":

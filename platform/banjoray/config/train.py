@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from banjoray.config.section import Section
 
+# Metrics of which less is better.
+MINIMISED = ("loss", "perplexity")
+
 
 class FreezeLayers(Section):
     """Freeze the embeddings and the lowest blocks."""
@@ -117,8 +120,12 @@ class TrainConfig(Section):
         None, ge=1, description="Stop after this many epochs without a better metric; null: train all epochs."
     )
     seed: int = Field(0, ge=0, description="Seeds the head, the data order, dropout and the validation cut.")
-    metric: str = Field("f1_macro", description="The validation metric that picks the best checkpoint.")
-    mode: Literal["max", "min"] = Field("max", description="Whether more of the metric is better, or less.")
+    metric: str = Field(
+        "auto", description="The validation metric that picks the best checkpoint; auto: the task's usual one."
+    )
+    mode: Literal["max", "min"] = Field(
+        "max", description="Whether more of the metric is better, or less; follows from the metric."
+    )
     checkpoint_every: Literal["epoch"] | int = Field(
         "epoch", description="epoch, or a number of steps: how much work a crash can cost. Epochs are always kept."
     )
@@ -127,10 +134,19 @@ class TrainConfig(Section):
         None, gt=0, description="Disk space of a run's checkpoints, the one being written too; null: no limit."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _mode_follows(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "mode" not in value and value.get("metric") in MINIMISED:
+            return value | {"mode": "min"}
+        return value
+
     @model_validator(mode="after")
-    def _loss_is_minimised(self) -> "TrainConfig":
-        if (self.metric == "loss") != (self.mode == "min"):
-            raise ValueError(f"metric {self.metric!r} with mode {self.mode!r}; only loss is minimised")
+    def _losses_are_minimised(self) -> "TrainConfig":
+        if (self.metric in MINIMISED) != (self.mode == "min"):
+            raise ValueError(
+                f"metric {self.metric!r} with mode {self.mode!r}; only {' and '.join(MINIMISED)} are minimised"
+            )
         return self
 
     @field_validator("checkpoint_every")

@@ -5,6 +5,7 @@ Rows come as `datasets.Dataset`, memory-mapped; every cell that training will re
 
 import csv
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from banjoray.config.job import ColumnsConfig, DataConfig, FilesConfig, HubConfig
+from banjoray.config.job import DataConfig, FilesConfig, HubConfig
 from banjoray.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ class Source:
         return f"{self.name} row {row + 1}"
 
 
-def read(data: DataConfig, hub: HubConfig, token: str | None = None) -> dict[str, Source]:
+def read(data: DataConfig, hub: HubConfig, columns: Mapping[str, str], token: str | None = None) -> dict[str, Source]:
     """Split name -> rows, for the splits that exist; ``train`` always does.
 
-    Raises DataError: an unreadable file (with the line that broke it), no such data set, a missing column,
-    an empty or non-text cell (with its file and row).
+    ``columns`` are those that have to be there: keys of data.columns and their names. Raises DataError: an unreadable
+    file (with the line that broke it), no such data set, a missing column, no rows.
     """
     # Not above: it imports huggingface_hub, which reads the job's hub settings at that moment, once.
     import datasets
@@ -58,13 +59,11 @@ def read(data: DataConfig, hub: HubConfig, token: str | None = None) -> dict[str
     # What can't be read is raised below, in one line.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     files = _shipped(data.source) if data.source and data.source.startswith("banjoray:") else data.files
-    sources = _read_files(files, data.columns) if files else _read_hub(data, hub, token)
+    sources = _read_files(files, columns) if files else _read_hub(data, hub, token)
     if "train" not in sources:
         raise DataError(f"data.source: '{data.source}' has no train split; it has {', '.join(sources) or 'nothing'}")
     for source in sources.values():
-        _check_columns(source, data.columns)
-        for column in filter(None, (data.columns.text, data.columns.text_pair)):
-            _check_text(source, column)
+        check_columns(source, columns)
     return sources
 
 
@@ -77,12 +76,12 @@ def _shipped(source: str) -> FilesConfig:
     return FilesConfig(**{split: str(folder / f"{split}.jsonl") for split in SPLITS})
 
 
-def _read_files(files: FilesConfig, columns: ColumnsConfig) -> dict[str, Source]:
+def _read_files(files: FilesConfig, columns: Mapping[str, str]) -> dict[str, Source]:
     paths = {split: getattr(files, split) for split in SPLITS}
     return {split: _read_file(path, columns, split) for split, path in paths.items() if path}
 
 
-def _read_file(path: str, columns: ColumnsConfig, split: str) -> Source:
+def _read_file(path: str, columns: Mapping[str, str], split: str) -> Source:
     """One file as one split."""
     import datasets
 
@@ -94,7 +93,7 @@ def _read_file(path: str, columns: ColumnsConfig, split: str) -> Source:
     options: dict[str, Any] = {}
     if _READERS[suffix] == "csv":
         # Without these, pandas turns the text "NA" into a missing value and the text "007" into a number.
-        texts = [column for column in (columns.text, columns.text_pair) if column]
+        texts = [column for key, column in columns.items() if key != "label"]
         options = {"sep": "\t" if suffix == ".tsv" else ",", "keep_default_na": False}
         options["converters"] = dict.fromkeys(texts, str)
     try:
@@ -190,10 +189,11 @@ def _read_hub(data: DataConfig, hub: HubConfig, token: str | None) -> dict[str, 
     }
 
 
-def _check_columns(source: Source, columns: ColumnsConfig) -> None:
+def check_columns(source: Source, columns: Mapping[str, str]) -> None:
+    """Refuse a source without rows, or without one of the columns (keys of data.columns and their names)."""
     have = source.rows.column_names
-    for key, column in columns.model_dump().items():
-        if column is not None and column not in have:
+    for key, column in columns.items():
+        if column not in have:
             listed = ", ".join(f"'{name}'" for name in have)
             raise DataError(
                 f"data: column '{column}' not in {source.name}; it has {listed}. Set data.columns.{key}=NAME."
@@ -202,7 +202,7 @@ def _check_columns(source: Source, columns: ColumnsConfig) -> None:
         raise DataError(f"data: {source.name} has no rows")
 
 
-def _check_text(source: Source, column: str) -> None:
+def check_text(source: Source, column: str) -> None:
     """Refuse a column with a cell that is missing, not text, or only blanks."""
     cells = column_of(source.rows, column)
     if not pa.types.is_string(cells.type) and not pa.types.is_large_string(cells.type):

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from banjoray.config.job import DataConfig, JobConfig
-from banjoray.data.sources import Source, read
+from banjoray.data.sources import Source, check_text, read
 from banjoray.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,32 +18,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows with text and label id, in the order of their source.
+    """Rows in the order of their source.
 
-    ``texts`` holds the text, or the two texts of a pair, as columns of ``rows``; ``targets`` the label ids, (rows,).
+    ``columns`` maps what a task calls a column (text, question, ...) to its name in ``rows``; ``added`` holds columns
+    that are not in there. ``targets`` has what each row should be answered with, (rows, ...), where that is a number.
     """
 
     name: str
     rows: "datasets.Dataset"
-    texts: tuple[str, ...]
-    targets: np.ndarray
+    columns: Mapping[str, str]
+    targets: np.ndarray | None = None
+    added: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batches(self, size: int) -> Iterator[dict[str, list[str]]]:
-        """Consecutive rows as {"text": [...]} and, for pairs, {"text_pair": [...]}."""
-        keys = ("text", "text_pair")[: len(self.texts)]
-        for start in range(0, len(self.rows), size):
-            cells = self.rows[start : start + size]
-            yield {key: cells[column] for key, column in zip(keys, self.texts, strict=True)}
+    def batches(self, size: int) -> Iterator[dict[str, Sequence[Any]]]:
+        """Consecutive rows, column by column, as the task calls them: {"text": [...], "text_pair": [...]}."""
+        rows = self.rows.select_columns(list(dict.fromkeys(self.columns.values())))
+        for start in range(0, len(rows), size):
+            cells = rows[start : start + size]
+            read = {key: cells[column] for key, column in self.columns.items()}
+            yield read | {key: cells[start : start + size] for key, cells in self.added.items()}
+
+    def taken(self, numbers: np.ndarray, name: str) -> "Split":
+        """Some of the rows, as a split of another name."""
+        return replace(
+            self,
+            name=name,
+            rows=self.rows.select(numbers),
+            targets=None if self.targets is None else self.targets[numbers],
+            added={key: [cells[number] for number in numbers] for key, cells in self.added.items()},
+        )
 
     def fingerprint(self) -> str:
-        """sha256 over every text and label id in order; equal for equal rows, wherever they were read from."""
+        """sha256 over every cell and target in order; equal for equal rows, wherever they were read from."""
         digest = hashlib.sha256()
         for batch in self.batches(4096):
-            digest.update(json.dumps(batch, sort_keys=True).encode())
-        digest.update(self.targets.astype("<i8").tobytes())
+            digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+        if self.targets is not None:
+            digest.update(self.targets.astype(self.targets.dtype.newbyteorder("<")).tobytes())
         return digest.hexdigest()
 
 
@@ -70,13 +84,40 @@ class Splits:
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def load_splits(job: JobConfig, token: str | None = None) -> Splits:
-    """The splits of a job, with the validation rows cut off train where the source has none.
+def plain_splits(job: JobConfig, columns: Sequence[str], texts: Sequence[str], token: str | None = None) -> Splits:
+    """The splits of a job whose rows have no label; ``columns`` and ``texts`` are keys of data.columns.
+
+    Every cell of ``texts`` is text; those of ``columns`` are there, and the task looks at them. The validation rows are
+    cut off train where the source has none. Raises DataError as `sources.read` does.
+    """
+    named = named_columns(job.data, (*columns, *texts))
+    sources = read(job.data, job.hub, named, token)
+    for source in sources.values():
+        for key in texts:
+            check_text(source, named[key])
+    splits = {name: Split(name, source.rows, named) for name, source in sources.items()}
+    if "validation" not in splits:
+        splits |= _cut_anywhere(splits["train"], job.data.validation_fraction, job.train.seed, sources["train"].name)
+    return Splits(splits["train"], splits["validation"], splits.get("test"), ())
+
+
+def named_columns(data: DataConfig, keys: Sequence[str]) -> dict[str, str]:
+    """Keys of data.columns -> names in the data; of those that are not null."""
+    found = {key: getattr(data.columns, key) for key in keys}
+    return {key: name for key, name in found.items() if name is not None}
+
+
+def labelled_splits(job: JobConfig, token: str | None = None) -> Splits:
+    """The splits of a job whose rows are texts, or pairs, with a label; validation cut off train where there is none.
 
     Raises DataError as `sources.read` does, and for: fewer than two labels, a missing label, a label in
     validation or test that train never shows, classes too small for a stratified cut.
     """
-    sources = read(job.data, job.hub, token)
+    texts = named_columns(job.data, ("text", "text_pair"))
+    sources = read(job.data, job.hub, texts | {"label": job.data.columns.label}, token)
+    for source in sources.values():
+        for column in texts.values():
+            check_text(source, column)
     labels = _label_names(sources["train"], job.data)
     targets = {name: _label_ids(source, job.data, labels) for name, source in sources.items()}
     seen = np.unique(targets["train"])
@@ -86,7 +127,6 @@ def load_splits(job: JobConfig, token: str | None = None) -> Splits:
     if len(seen) < 2:
         found = f"one ('{labels[seen[0]]}')" if len(seen) else "none"
         raise DataError(f"data: {sources['train'].name} shows {found} label; needed at least two")
-    texts = tuple(filter(None, (job.data.columns.text, job.data.columns.text_pair)))
     splits = {name: Split(name, source.rows, texts, targets[name]) for name, source in sources.items()}
     if "validation" not in splits:
         splits |= _cut(splits["train"], job.data.validation_fraction, job.train.seed, sources["train"].name)
@@ -170,6 +210,7 @@ def _check_seen(source: Source, targets: np.ndarray, seen: np.ndarray, labels: t
 
 def _cut(train: Split, fraction: float, seed: int, source: str) -> dict[str, Split]:
     """Train without, and validation with, a stratified share of the rows; both keep the source's order."""
+    assert train.targets is not None
     generator = np.random.default_rng(seed)
     taken: list[np.ndarray] = []
     for label in np.unique(train.targets):
@@ -182,8 +223,17 @@ def _cut(train: Split, fraction: float, seed: int, source: str) -> dict[str, Spl
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         taken.append(generator.choice(members, size=count, replace=False))
     validation = np.sort(np.concatenate(taken))
+    return _parted(train, validation)
+
+
+def _cut_anywhere(train: Split, fraction: float, seed: int, source: str) -> dict[str, Split]:
+    """Train without, and validation with, a seeded share of the rows; both keep the source's order."""
+    if len(train) < 2:
+        raise DataError(f"data: {source} has one row; needed one for train and one for validation")
+    count = min(max(1, round(fraction * len(train))), len(train) - 1)
+    return _parted(train, np.sort(np.random.default_rng(seed).choice(len(train), size=count, replace=False)))
+
+
+def _parted(train: Split, validation: np.ndarray) -> dict[str, Split]:
     rest = np.setdiff1d(np.arange(len(train)), validation)
-    return {
-        "train": Split("train", train.rows.select(rest), train.texts, train.targets[rest]),
-        "validation": Split("validation", train.rows.select(validation), train.texts, train.targets[validation]),
-    }
+    return {"train": train.taken(rest, "train"), "validation": train.taken(validation, "validation")}

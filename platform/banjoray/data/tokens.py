@@ -1,27 +1,33 @@
 """Token ids of a split: made once, kept on disk by content, memory-mapped by every worker and run.
 
-A cache entry is a folder of flat arrays. Rows are slices of one token stream, so nothing is padded on disk:
+A cache entry is a folder of flat arrays. Features are slices of one token stream, so nothing is padded on disk:
 
-    input_ids.npy  (tokens,) int32      offsets.npy (rows + 1,) int64      targets.npy (rows,) int64
+    input_ids.npy  (tokens,) int32      offsets.npy (features + 1,) int64
     token_type_ids.npy (tokens,) int8   where the tokenizer makes them
+    targets.npy                         one per feature, or slices of one stream by target_offsets.npy
+    rows.npy (features,) int64          which row each feature is of
+    aside.NAME.npy (tokens,) int32      what reads answers, and is no input of a model
 """
 
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from banjoray.config.job import JobConfig, is_url
+from banjoray.config.job import DataConfig, JobConfig, is_url
 from banjoray.data.splits import Split
 
-FORMAT = 1
+FORMAT = 2
+# What a target is where there is nothing to learn; torch's cross-entropy passes it by.
+IGNORED = -100
+_ASIDE = "aside."
 
 
 def token_cache(job: JobConfig) -> Path:
@@ -30,12 +36,60 @@ def token_cache(job: JobConfig) -> Path:
 
 
 @dataclass(frozen=True)
+class Features:
+    """Some rows as token ids. A feature is what a model sees at once; a row gives one, a long one several, in order.
+
+    ``inputs`` maps a model input to its ids, a list per feature; ``rows`` says which row each is of, from 0.
+    ``aside`` has a list per feature too, as long as its ids: what reads answers, and is no input. ``targets`` is what
+    the model should find, a list per feature; None: the split knows, one per row. ``cut`` counts rows that were longer
+    than there is room for.
+    """
+
+    inputs: Mapping[str, Sequence[Sequence[int] | np.ndarray]]
+    rows: Sequence[int]
+    aside: Mapping[str, Sequence[Sequence[int] | np.ndarray]] = field(default_factory=dict)
+    targets: Sequence[Sequence[int]] | None = None
+    cut: int = 0
+
+    def by_row(self) -> "list[list[Feature]]":
+        """The features of every row, in their order."""
+        found: list[list[Feature]] = [[] for _ in range(max(self.rows, default=-1) + 1)]
+        for number, row in enumerate(self.rows):
+            inputs = {name: ids[number] for name, ids in self.inputs.items()}
+            found[row].append(Feature(inputs, {name: cells[number] for name, cells in self.aside.items()}))
+        return found
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What a model sees at once: its ids by model input, and what stands aside of them, as long as its ids."""
+
+    inputs: Mapping[str, Sequence[int] | np.ndarray] = field(repr=False)
+    aside: Mapping[str, Sequence[int] | np.ndarray] = field(repr=False, default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.inputs["input_ids"])
+
+
+class Encoder(Protocol):
+    """Who knows how rows become features: a task."""
+
+    name: str
+
+    def encode(self, rows: Mapping[str, Sequence[Any]], tokenizer: Any, data: DataConfig) -> Features:
+        """Some rows, column by column, as features."""
+        ...
+
+
+@dataclass(frozen=True)
 class Tokens:
     """The tokens of a split.
 
-    ``streams`` maps a model input to its values for all rows, one after the other, (tokens,); row ``i`` is
-    ``[offsets[i], offsets[i + 1])`` of each. ``targets`` has one entry per row. ``cut`` counts rows that were
-    longer than ``max_length``. ``digest`` names the rows, the tokenizer and where it cuts; empty where nobody asked.
+    ``streams`` maps a model input to its values for all features, one after the other, (tokens,); feature ``i`` is
+    ``[offsets[i], offsets[i + 1])`` of each, and of each of ``aside``. ``targets`` has one entry per feature, or is
+    sliced by ``target_offsets`` where that is given. ``rows`` says which row each feature is of; None: each its own.
+    ``cut`` counts rows that were longer than ``max_length``. ``digest`` names the rows, the tokenizer and where it
+    cuts; empty where nobody asked.
     """
 
     streams: Mapping[str, np.ndarray]
@@ -43,6 +97,9 @@ class Tokens:
     targets: np.ndarray
     cut: int = 0
     digest: str = ""
+    target_offsets: np.ndarray | None = None
+    aside: Mapping[str, np.ndarray] = field(default_factory=dict)
+    rows: np.ndarray | None = None
     lengths: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,6 +107,18 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def target(self, feature: int) -> np.ndarray:
+        """What feature ``feature`` has to find, unpadded."""
+        if self.target_offsets is None:
+            return np.asarray(self.targets[feature])
+        return np.asarray(self.targets[self.target_offsets[feature] : self.target_offsets[feature + 1]])
+
+    def feature(self, number: int) -> Feature:
+        """One feature by itself."""
+        part = slice(self.offsets[number], self.offsets[number + 1])
+        inputs = {name: np.asarray(stream[part]) for name, stream in self.streams.items()}
+        return Feature(inputs, {name: stream[part] for name, stream in self.aside.items()})
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -70,41 +139,64 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def tokenise(split: Split, tokenizer: Any, max_length: int) -> Tokens:
-    """The tokens of every row, cut to ``max_length`` (the longer text of a pair first)."""
-    pieces: list[Mapping[str, list[list[int]]]] = []
-    cut = 0
-    for batch in split.batches(1000):
-        # Cut here rather than by the tokenizer's own default, so that longer rows can be counted.
-        encoded = tokenizer(
-            batch["text"],
-            batch.get("text_pair"),
-            truncation=True,
-            max_length=max_length,
-            return_overflowing_tokens=False,
-        )
-        cut += sum(bool(part.overflowing) for part in (encoded.encodings or ()))
-        pieces.append(encoded)
-    lengths = np.fromiter((len(ids) for piece in pieces for ids in piece["input_ids"]), dtype=np.int64)
+def encode_texts(rows: Mapping[str, Sequence[Any]], tokenizer: Any, max_length: int) -> Features:
+    """Texts, or pairs of texts, as one feature each, cut to ``max_length`` (the longer text of a pair first)."""
+    # Cut here rather than by the tokenizer's own default, so that longer rows can be counted.
+    encoded = tokenizer(
+        rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length, return_overflowing_tokens=False
+    )
+    cut = sum(bool(part.overflowing) for part in (encoded.encodings or ()))
+    return Features(inputs_of(encoded), range(len(encoded["input_ids"])), cut=cut)
+
+
+def inputs_of(encoded: Mapping[str, Any]) -> dict[str, list[list[int]]]:
+    """What of a tokenizer's result a model takes; the mask comes with the padding."""
+    return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+
+
+def tokens_of(pieces: Sequence[Features], targets: np.ndarray | None = None) -> Tokens:
+    """Features as arrays; ``pieces`` follow each other. ``targets`` are the split's own, one per row."""
+    starts = np.cumsum([0, *(max(piece.rows, default=-1) + 1 for piece in pieces[:-1])])
+    rows = np.concatenate(
+        [np.asarray(piece.rows, np.int64) + start for piece, start in zip(pieces, starts, strict=True)]
+    )
+    lengths = np.fromiter((len(ids) for piece in pieces for ids in piece.inputs["input_ids"]), dtype=np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    names = [name for name in ("input_ids", "token_type_ids") if name in pieces[0]]
     streams = {
-        name: np.fromiter(
-            (number for piece in pieces for row in piece[name] for number in row),
-            dtype=np.int32 if name == "input_ids" else np.int8,
-            count=int(offsets[-1]),
-        )
-        for name in names
+        name: _flat([piece.inputs[name] for piece in pieces], np.int8 if name == "token_type_ids" else np.int32)
+        for name in pieces[0].inputs
     }
-    return Tokens(streams, offsets, split.targets, cut)
+    aside = {name: _flat([piece.aside[name] for piece in pieces], np.int32) for name in pieces[0].aside}
+    target_offsets = None
+    own = [piece.targets for piece in pieces if piece.targets is not None]
+    if own:
+        sizes = np.fromiter((len(found) for piece in own for found in piece), dtype=np.int64)
+        target_offsets = np.concatenate([[0], np.cumsum(sizes)])
+        targets = _flat(own, np.int64)
+    elif targets is None:
+        targets = np.zeros(len(rows), dtype=np.int64)
+    else:
+        targets = targets[rows]
+    cut = sum(piece.cut for piece in pieces)
+    return Tokens(streams, offsets, targets, cut, target_offsets=target_offsets, aside=aside, rows=rows)
 
 
-def cached_tokens(split: Split, tokenizer: Any, max_length: int, cache: Path) -> Tokens:
+def _flat(pieces: Sequence[Sequence[Sequence[int] | np.ndarray]], kind: type[np.signedinteger[Any]]) -> np.ndarray:
+    return np.fromiter((number for piece in pieces for ids in piece for number in ids), dtype=kind)
+
+
+def tokenise(split: Split, task: Encoder, tokenizer: Any, data: DataConfig) -> Tokens:
+    """The tokens of every row, as the task cuts them."""
+    return tokens_of([task.encode(batch, tokenizer, data) for batch in split.batches(1000)], split.targets)
+
+
+def cached_tokens(split: Split, task: Encoder, tokenizer: Any, data: DataConfig, cache: Path) -> Tokens:
     """`tokenise`, read from ``cache`` where an equal split was tokenised equally before.
 
     An entry is complete or absent; two processes that make the same one at once both succeed.
     """
-    facts = {"format": FORMAT, "rows": split.fingerprint(), "tokenizer": tokenizer_digest(tokenizer), "max": max_length}
+    facts = {"format": FORMAT, "rows": split.fingerprint(), "tokenizer": tokenizer_digest(tokenizer), "task": task.name}
+    facts |= {"cut": data.cutting()}
     entry = cache / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     there = entry.is_dir()
     found = _load(entry)
@@ -116,7 +208,7 @@ def cached_tokens(split: Split, tokenizer: Any, max_length: int, cache: Path) ->
         with suppress(OSError):
             entry.rename(aside)
         shutil.rmtree(aside)
-    made = tokenise(split, tokenizer, max_length)
+    made = tokenise(split, task, tokenizer, data)
     _store(made, entry)
     return _load(entry) or replace(made, digest=entry.name)
 
@@ -129,11 +221,14 @@ def _load(entry: Path) -> Tokens | None:
     except (OSError, ValueError, EOFError):
         return None
     return Tokens(
-        {name: array for name, array in arrays.items() if name not in ("offsets", "targets")},
+        {name: array for name, array in arrays.items() if name in described["inputs"]},
         arrays["offsets"],
         arrays["targets"],
         described["cut"],
         entry.name,
+        arrays.get("target_offsets"),
+        {name.removeprefix(_ASIDE): array for name, array in arrays.items() if name.startswith(_ASIDE)},
+        arrays["rows"],
     )
 
 
@@ -141,10 +236,15 @@ def _store(tokens: Tokens, entry: Path) -> None:
     """Write beside, then rename: a reader never sees half an entry."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=entry.parent))
-    arrays = dict(tokens.streams) | {"offsets": tokens.offsets, "targets": tokens.targets}
+    rows = np.arange(len(tokens)) if tokens.rows is None else tokens.rows
+    arrays = dict(tokens.streams) | {"offsets": tokens.offsets, "targets": tokens.targets, "rows": rows}
+    arrays |= {f"{_ASIDE}{name}": array for name, array in tokens.aside.items()}
+    if tokens.target_offsets is not None:
+        arrays["target_offsets"] = tokens.target_offsets
     for name, array in arrays.items():
         np.save(staging / f"{name}.npy", array)
-    (staging / "tokens.json").write_text(json.dumps({"arrays": sorted(arrays), "cut": tokens.cut}))
+    described = {"arrays": sorted(arrays), "inputs": sorted(tokens.streams), "cut": tokens.cut}
+    (staging / "tokens.json").write_text(json.dumps(described))
     try:
         staging.replace(entry)
     except OSError:

@@ -141,16 +141,14 @@ def load_tokenizer(base: Base) -> Any:
 
 
 def base_config(base: Base, job: JobConfig, labels: Sequence[str], pad_id: int | None) -> Any:
-    """The base's config with the job's labels and dropout in it."""
+    """The base's config with the job's labels, if it has any, and dropout in it."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(
-        base.path,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: number for number, label in enumerate(labels)},
-        **base.options,
-    )
+    named: dict[str, Any] = {}
+    if labels:
+        named = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+        named["label2id"] = {label: number for number, label in enumerate(labels)}
+    config = AutoConfig.from_pretrained(base.path, **named, **base.options)
     if config.pad_token_id is None:
         config.pad_token_id = pad_id
     if job.model.dropout is not None:

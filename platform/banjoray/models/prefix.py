@@ -145,11 +145,11 @@ class Cut:
         probe = probe_of(self._model)
         try:
             with torch.inference_mode():
-                whole = self._model(**probe).logits
+                whole = self._model(**probe)[0]
                 self.states = self.below(probe)
                 narrow = trimmed(probe, self.states.shape[1])
                 self.start_above()
-                return torch.allclose(self._model(**narrow).logits, whole, rtol=1e-4, atol=1e-5)
+                return torch.allclose(self._model(**narrow)[0], whole, rtol=1e-4, atol=1e-5)
         except (RuntimeError, IndexError, TypeError, AttributeError, ModelError):
             # A block that gives or takes something else than hidden states.
             return False

@@ -61,4 +61,4 @@ def _probe(model: Any) -> Any:
     import torch
 
     with torch.inference_mode():
-        return model(**probe_of(model)).logits.float()
+        return model(**probe_of(model))[0].float()

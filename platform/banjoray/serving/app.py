@@ -20,10 +20,11 @@ import ray
 from banjoray.config.job import is_url, read_yaml
 from banjoray.config.section import validate
 from banjoray.config.serve import ServeConfig
+from banjoray.data.tokens import Feature
 from banjoray.errors import ClusterError, ConfigError, RequestError
 from banjoray.registry import Registry
 from banjoray.serving.batching import Batcher
-from banjoray.serving.engine import Encoded, load
+from banjoray.serving.engine import load
 from banjoray.serving.protocols import huggingface
 from banjoray.training.signals import kept_sigterm
 from ray import serve
@@ -98,22 +99,22 @@ class Endpoint:
     def __init__(self, config: ServeConfig, version: str) -> None:
         self._config = config
         self._engine = load(version, config.registry)
-        self._batcher: Batcher[Encoded, np.ndarray] = Batcher(self._forward, config.max_batch_tokens)
+        self._batcher: Batcher[Feature, np.ndarray] = Batcher(self._forward, config.max_batch_tokens)
         registered = self._engine.version
         self._headers = {"x-model-version": str(registered), "x-run-id": str(registered.lineage["run"])}
 
     def _forward(self, rows: Any) -> list[np.ndarray]:
-        return list(self._engine.forward(rows))
+        return self._engine.forward(rows)
 
     @api.post("/", summary="Answer rows", **_DOCUMENTED)
     async def answer(self, request: Request) -> Response:
-        """Hugging Face's inference schema: one list of {label, score} per row."""
+        """Hugging Face's inference schema for the task that the model was trained for."""
         engine = self._engine
         body = await _body(request, int(self._config.max_body_mib * 2**20))
         ask = huggingface.parse(body, engine.task, self._config.max_rows)
         rows = await asyncio.to_thread(engine.encode, ask.rows)
-        answers = huggingface.answer(await self._batcher.outputs(rows), ask, engine.task, engine.labels)
-        return JSONResponse(answers, headers=self._headers)
+        outputs = await self._batcher.outputs([feature for row in rows for feature in row])
+        return JSONResponse(engine.answer(ask, rows, outputs), headers=self._headers)
 
     @api.post("/models/{name}", summary="Answer rows, by the model's name", **_DOCUMENTED)
     async def answer_model(self, name: str, request: Request) -> Response:

@@ -1,63 +1,53 @@
 """A registered version, loaded and ready to answer. Knows nothing of Ray or HTTP."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from banjoray.config.job import load_job
+from banjoray.config.job import JobConfig, load_job
 from banjoray.data.batches import padded
-from banjoray.data.tokens import Tokens
+from banjoray.data.tokens import Feature, Features, tokens_of
 from banjoray.models.loading import labels_of, load_trained, quiet_libraries
 from banjoray.registry import ModelVersion, Registry
-from banjoray.tasks.task import Task, task_for
+from banjoray.tasks.task import Ask, Seen, Task, task_for
 from banjoray.training.scoring import to_tensors
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One row as token ids: model input -> ids, all of the same length."""
-
-    inputs: dict[str, list[int]] = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.inputs["input_ids"])
 
 
 class Engine:
     """The model of one version on one device, in fp32: answers are those of the checkpoint."""
 
-    def __init__(self, version: ModelVersion, task: Task, model: Any, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, version: ModelVersion, task: Task, model: Any, tokenizer: Any, job: JobConfig) -> None:
         self.version = version
         self.task = task
-        self.labels = labels_of(model)
+        self.labels = labels_of(model) if task.labelled else ()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device)
         self._tokenizer = tokenizer
-        self._max_length = max_length
+        self._data = job.data
 
-    def encode(self, rows: Sequence[dict[str, str]]) -> list[Encoded]:
-        """Rows as token ids, cut where training cut them."""
-        encoded: list[Encoded] = []
-        for row in rows:
-            ids = self._tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=self._max_length)
-            encoded.append(Encoded({name: ids[name] for name in ("input_ids", "token_type_ids") if name in ids}))
-        return encoded
+    def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Feature]]:
+        """The features of every row, cut where training cut them."""
+        if any(row.keys() != rows[0].keys() for row in rows):
+            # Texts and pairs in one request.
+            return [found for row in rows for found in self.encode([row])]
+        columns = {key: [row[key] for row in rows] for key in rows[0]}
+        return self.task.encode(columns, self._tokenizer, self._data).by_row()
 
-    def forward(self, rows: Sequence[Encoded]) -> np.ndarray:
-        """The raw outputs of some rows, (rows, outputs) fp32, in their order; one pass through the model."""
-        lengths = np.fromiter(map(len, rows), dtype=np.int64)
-        streams = {
-            name: np.fromiter((number for row in rows for number in row.inputs[name]), dtype=np.int64)
-            for name in rows[0].inputs
-        }
-        tokens = Tokens(streams, np.concatenate([[0], np.cumsum(lengths)]), np.zeros(len(rows), dtype=np.int64))
-        batch = padded(tokens, np.arange(len(rows)), self._tokenizer.pad_token_id)
+    def forward(self, features: Sequence[Feature]) -> list[np.ndarray]:
+        """What the task keeps of some features' outputs, in their order; one pass through the model."""
+        inputs = {name: [feature.inputs[name] for feature in features] for name in features[0].inputs}
+        tokens = tokens_of([Features(inputs, range(len(features)))])
+        batch = to_tensors(padded(tokens, np.arange(len(features)), self._tokenizer.pad_token_id), self._device)
         with torch.inference_mode():
-            outputs: np.ndarray = self._model(**to_tensors(batch, self._device)).logits.float().cpu().numpy()
-        return outputs
+            return self.task.kept(self._model(**batch), batch, None)
+
+    def answer(self, ask: Ask, rows: Sequence[Sequence[Feature]], outputs: Sequence[np.ndarray]) -> Any:
+        """The body of the answer to ``ask``; ``outputs`` of the features of all ``rows``, one after the other."""
+        left = iter(outputs)
+        seen = [Seen(features, [next(left) for _ in features]) for features in rows]
+        return self.task.answer(ask, seen, self.labels, self._tokenizer)
 
 
 def load(reference: str, registry: str) -> Engine:
@@ -71,6 +61,6 @@ def load(reference: str, registry: str) -> Engine:
     folder = store.fetch(version)
     task = task_for(version.task)
     model, tokenizer = load_trained(folder, task)
-    engine = Engine(version, task, model, tokenizer, load_job(folder / "job.yaml").data.max_length)
-    engine.forward(engine.encode([{"text": "warm up"}]))
+    engine = Engine(version, task, model, tokenizer, load_job(folder / "job.yaml"))
+    engine.forward([Feature({"input_ids": [tokenizer.pad_token_id] * 8})])
     return engine

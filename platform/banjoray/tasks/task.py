@@ -1,13 +1,15 @@
 """What a task has to say for itself; training, scoring and HTTP all go through one such object."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from banjoray.config.job import JobConfig
-from banjoray.errors import ConfigError
+from banjoray.config.job import DataConfig, JobConfig
+from banjoray.data.splits import Split, Splits
+from banjoray.data.tokens import IGNORED, Feature, Features, Tokens
+from banjoray.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,46 +17,114 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model is worth on a split: metrics by name, and how often each label was taken for which.
+    """What a model is worth on a split: metrics by name, and where there are labels, how each one fares.
 
-    ``confusion[i][j]`` counts rows of label ``i`` that were answered with label ``j``.
+    ``confusion[i][j]`` counts rows of label ``i`` that were answered with label ``j``; ``per_label`` maps a label to
+    its precision, recall, f1 and support (how often it is right).
     """
 
     metrics: dict[str, float]
-    confusion: tuple[tuple[int, ...], ...]
-    labels: tuple[str, ...]
+    confusion: tuple[tuple[int, ...], ...] = ()
+    labels: tuple[str, ...] = ()
+    per_label: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The score as plain values."""
-        return {"metrics": self.metrics, "confusion": [list(row) for row in self.confusion], "labels": self.labels}
+        return {
+            "metrics": self.metrics,
+            "confusion": [list(row) for row in self.confusion],
+            "labels": self.labels,
+            "per_label": {label: dict(told) for label, told in self.per_label.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a request asks: rows for the model, and parameters for the answer; ``single`` if it was not a list."""
+
+    rows: list[dict[str, Any]]
+    parameters: Mapping[str, Any]
+    single: bool = False
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One row as the model saw it: its features, in order, and what was kept of each one's outputs."""
+
+    features: Sequence[Feature]
+    outputs: Sequence[np.ndarray]
+
+
+class Collate(Protocol):
+    """Changes a batch before the model sees it."""
+
+    def __call__(
+        self, inputs: dict[str, np.ndarray], targets: np.ndarray, rows: np.ndarray, epoch: int | None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Inputs and targets, each (rows, ...), of the features with these numbers.
+
+        What is drawn depends on the seed, the feature's number and the epoch alone; ``epoch`` None: of no epoch, always
+        the same, for evaluation.
+        """
+        ...
 
 
 class Task(Protocol):
-    """One kind of work, end to end."""
+    """One kind of work, end to end. A row is what a user counts; a feature is what a model sees at once."""
 
     name: str
     auto_model: str
     """The transformers class that loads a model for this task."""
     metrics: tuple[str, ...]
     """Names of the metrics in a score; every one may be asked for in a job file."""
+    labelled: bool = False
+    """Whether a model of this task has named labels."""
+    weighted: bool = False
+    """Whether each row has one label, so that rows can be weighted by it and confused."""
+    steady: bool = True
+    """Whether a row gives the model the same inputs in every epoch, so that a frozen bottom's states can be kept."""
+
+    def splits(self, job: JobConfig, token: str | None = None) -> Splits:
+        """The rows of a job, every cell that is read checked; raises DataError with file, row and reason."""
+        ...
+
+    def encode(self, rows: Mapping[str, Sequence[Any]], tokenizer: Any, data: DataConfig) -> Features:
+        """Some rows, column by column, as features."""
+        ...
+
+    def collate(self, job: JobConfig, tokenizer: Any, config: Any) -> Collate | None:
+        """What is done to a batch before the model sees it; None: nothing."""
+        return None
 
     def losses(self, outputs: Any, targets: "Tensor", smoothing: float) -> "Tensor":
-        """The loss of every row (rows,), fp32, of a model's outputs against ``targets`` (rows,), in nats.
+        """The loss of every feature (features,), fp32, of a model's outputs against ``targets``, in nats.
 
         ``smoothing`` is the share of each target that is spread over all labels.
         """
         ...
 
-    def score(self, outputs: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> Score:
-        """The score of raw model outputs, one row each, in the order of ``targets``."""
+    def weights(self, tokens: Tokens) -> np.ndarray:
+        """What every feature counts in a batch's mean, (features,) fp32: one, or how many targets it has."""
+        if tokens.target_offsets is None:
+            return np.ones(len(tokens), dtype=np.float32)
+        known = np.concatenate([[0], np.cumsum(np.asarray(tokens.targets) != IGNORED)])
+        counts: np.ndarray = np.diff(known[tokens.target_offsets]).astype(np.float32)
+        return counts
+
+    def kept(self, outputs: Any, inputs: "Mapping[str, Tensor]", targets: "Tensor | None") -> list[np.ndarray]:
+        """What scores and answers need of a forward pass, an array per feature, in fp32 on the CPU."""
+        return list(outputs.logits.float().cpu().numpy())
+
+    def score(self, outputs: Sequence[np.ndarray], tokens: Tokens, rows: Split, labels: Sequence[str]) -> Score:
+        """The score of what was kept of every feature of a split, in their order."""
         ...
 
-    def parse(self, inputs: Any) -> list[dict[str, str]]:
-        """The rows in the ``inputs`` of an HTTP request; raises RequestError that says what was wrong."""
+    def parse(self, inputs: Any, parameters: Mapping[str, Any]) -> Ask:
+        """What an HTTP request asks; raises RequestError that says what was wrong with its inputs."""
         ...
 
-    def answer(self, outputs: np.ndarray, labels: Sequence[str], parameters: Mapping[str, Any]) -> Any:
-        """The answer for one row of raw outputs; raises RequestError for parameters that it does not know."""
+    def answer(self, ask: Ask, seen: Sequence[Seen], labels: Sequence[str], tokenizer: Any) -> Any:
+        """The body of the answer, as Hugging Face's clients read it; raises RequestError for unknown parameters."""
         ...
 
 
@@ -72,3 +142,38 @@ def check_metrics(job: JobConfig) -> None:
     for key, metric in (("train.metric", job.train.metric), ("registry.gate.metric", job.registry.gate.metric)):
         if metric not in known:
             raise ConfigError(f"{key}: {job.task} has no metric {metric!r}; it has {', '.join(known)}")
+
+
+def text_of(found: Any, where: str) -> str:
+    """A request's value that has to be text; raises RequestError: something else, blanks only, broken characters."""
+    if not isinstance(found, str):
+        raise RequestError(f"{where}: found {type(found).__name__}; needed text")
+    if not found.strip():
+        raise RequestError(f"{where}: found nothing but blanks; needed text")
+    if any("\ud800" <= letter <= "\udfff" for letter in found):
+        raise RequestError(f"{where}: found half a character (a lone surrogate); needed text")
+    return found
+
+
+def only_known(parameters: Mapping[str, Any], known: Sequence[str], task: str) -> None:
+    """Refuse parameters that a task does not have."""
+    unknown = sorted(set(parameters) - set(known))
+    if unknown:
+        raise RequestError(f"parameters: unknown {unknown}; {task} has {', '.join(known)}")
+
+
+def whole_number(parameters: Mapping[str, Any], key: str, usual: int, least: int = 1) -> int:
+    """A parameter that is a whole number of at least ``least``; ``usual`` where it is absent or null."""
+    found = parameters.get(key)
+    if found is None:
+        return usual
+    if not isinstance(found, int) or isinstance(found, bool) or found < least:
+        raise RequestError(f"parameters.{key}: found {found!r}; needed a whole number >= {least}")
+    return found
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis, without overflow."""
+    shifted: np.ndarray = logits - logits.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from banjoray.config.job import DataConfig, JobConfig
+from banjoray.data.splits import Split, Splits, labelled_splits
+from banjoray.data.tokens import Features, Tokens, encode_texts
 from banjoray.errors import RequestError
-from banjoray.tasks.task import Score
+from banjoray.tasks.task import Ask, Score, Seen, Task, log_softmax, only_known, text_of, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,12 +18,22 @@ if TYPE_CHECKING:
 _SHAPES = 'a text, a list of texts, {"text": ..., "text_pair": ...}, or a list of those'
 
 
-class TextClassification:
+class TextClassification(Task):
     """One label per text or pair; a softmax over ``AutoModelForSequenceClassification``'s logits."""
 
     name = "text-classification"
     auto_model = "AutoModelForSequenceClassification"
     metrics: tuple[str, ...] = ("accuracy", "f1_macro", "f1_weighted", "loss")
+    labelled = True
+    weighted = True
+
+    def splits(self, job: JobConfig, token: str | None = None) -> Splits:
+        """Texts, or pairs of texts, each with a label."""
+        return labelled_splits(job, token)
+
+    def encode(self, rows: Mapping[str, Sequence[Any]], tokenizer: Any, data: DataConfig) -> Features:
+        """A feature per row, cut to data.max_length."""
+        return encode_texts(rows, tokenizer, data.max_length)
 
     def losses(self, outputs: Any, targets: "Tensor", smoothing: float) -> "Tensor":
         """Cross-entropy of ``outputs.logits`` (rows, labels)."""
@@ -28,44 +41,58 @@ class TextClassification:
 
         return functional.cross_entropy(outputs.logits.float(), targets, reduction="none", label_smoothing=smoothing)
 
-    def score(self, outputs: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> Score:
-        """Accuracy, F1 and mean cross-entropy (nats) of logits (rows, labels) against label ids (rows,).
+    def score(self, outputs: Sequence[np.ndarray], tokens: Tokens, rows: Split, labels: Sequence[str]) -> Score:
+        """Accuracy, F1 and mean cross-entropy (nats) of logits, (labels,) each, against the label id of each row.
 
         F1 is averaged over the labels that occur in targets or predictions, as scikit-learn does.
         """
-        predicted = outputs.argmax(axis=1)
-        log_probabilities = _log_softmax(outputs.astype(np.float64))
+        logits, targets = np.stack(list(outputs)), np.asarray(tokens.targets)
+        predicted = logits.argmax(axis=1)
+        log_probabilities = log_softmax(logits.astype(np.float64))
         metrics = _metric().compute(predictions=predicted, references=targets)
         metrics["loss"] = float(-log_probabilities[np.arange(len(targets)), targets].mean())
         confusion = np.zeros((len(labels), len(labels)), dtype=np.int64)
         np.add.at(confusion, (targets, predicted), 1)
-        return Score(metrics, tuple(tuple(map(int, row)) for row in confusion), tuple(labels))
+        table = tuple(tuple(map(int, row)) for row in confusion)
+        return Score(metrics, table, tuple(labels), _per_label(confusion, labels))
 
-    def parse(self, inputs: Any) -> list[dict[str, str]]:
+    def parse(self, inputs: Any, parameters: Mapping[str, Any]) -> Ask:
         """Rows of {"text"} or {"text", "text_pair"}."""
         rows = inputs if isinstance(inputs, list) else [inputs]
         if not rows:
             raise RequestError(f"inputs: an empty list; needed {_SHAPES}")
-        return [_row(row, f"inputs[{number}]" if rows is inputs else "inputs") for number, row in enumerate(rows)]
+        found = [_row(row, f"inputs[{number}]" if rows is inputs else "inputs") for number, row in enumerate(rows)]
+        return Ask(found, parameters, rows is not inputs)
 
-    def answer(
-        self, outputs: np.ndarray, labels: Sequence[str], parameters: Mapping[str, Any]
-    ) -> list[dict[str, str | float]]:
-        """[{"label", "score"}] by falling score: all labels, or the first ``top_k``.
+    def answer(self, ask: Ask, seen: Sequence[Seen], labels: Sequence[str], tokenizer: Any) -> Any:
+        """A list per row, always as a list of lists: the client reads the first, and would misread a flat one.
 
-        ``function_to_apply`` is softmax (the default), sigmoid or none.
+        [{"label", "score"}] by falling score: all labels, or the first ``top_k``. ``function_to_apply`` is softmax (the
+        default), sigmoid or none.
         """
-        top_k = parameters.get("top_k")
-        top_k = len(labels) if top_k is None else top_k
-        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-            raise RequestError(f"parameters.top_k: found {top_k!r}; needed a whole number >= 1, or null for all")
-        function = parameters.get("function_to_apply")
-        scores = _apply(outputs.astype(np.float64), "softmax" if function is None else function)
-        unknown = set(parameters) - {"top_k", "function_to_apply"}
-        if unknown:
-            raise RequestError(f"parameters: unknown {sorted(unknown)}; {self.name} has top_k, function_to_apply")
-        best = np.argsort(-scores, kind="stable")[:top_k]
-        return [{"label": labels[number], "score": float(scores[number])} for number in best]
+        only_known(ask.parameters, ("top_k", "function_to_apply"), self.name)
+        top_k = whole_number(ask.parameters, "top_k", len(labels))
+        function = ask.parameters.get("function_to_apply")
+        answers = []
+        for row in seen:
+            scores = _apply(row.outputs[0].astype(np.float64), "softmax" if function is None else function)
+            best = np.argsort(-scores, kind="stable")[:top_k]
+            answers.append([{"label": labels[number], "score": float(scores[number])} for number in best])
+        return answers
+
+
+def _per_label(confusion: np.ndarray, labels: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Precision, recall, F1 and support of every label; 0 where a share has nothing to divide by."""
+    right, support, answered = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    return {
+        label: {
+            "precision": float(right[number] / max(1, answered[number])),
+            "recall": float(right[number] / max(1, support[number])),
+            "f1": float(2 * right[number] / max(1, support[number] + answered[number])),
+            "support": float(support[number]),
+        }
+        for number, label in enumerate(labels)
+    }
 
 
 def _row(found: Any, where: str) -> dict[str, str]:
@@ -76,21 +103,14 @@ def _row(found: Any, where: str) -> dict[str, str]:
         del row["text_pair"]
     if "text" not in row or not set(row) <= {"text", "text_pair"}:
         raise RequestError(f"{where}: found keys {sorted(map(str, row))}; needed text, and text_pair for a pair")
-    for key, cell in row.items():
-        if not isinstance(cell, str):
-            raise RequestError(f"{where}.{key}: found {type(cell).__name__}; needed text")
-        if not cell.strip():
-            raise RequestError(f"{where}.{key}: found nothing but blanks; needed text")
-        if any("\ud800" <= letter <= "\udfff" for letter in cell):
-            raise RequestError(f"{where}.{key}: found half a character (a lone surrogate); needed text")
-    return row
+    return {key: text_of(cell, f"{where}.{key}") for key, cell in row.items()}
 
 
 def _apply(logits: np.ndarray, function: Any) -> np.ndarray:
     scores: np.ndarray
     match function:
         case "softmax":
-            scores = np.exp(_log_softmax(logits))
+            scores = np.exp(log_softmax(logits))
         case "sigmoid":
             scores = np.exp(-np.logaddexp(0, -logits))
         case "none":
@@ -98,12 +118,6 @@ def _apply(logits: np.ndarray, function: Any) -> np.ndarray:
         case _:
             raise RequestError(f"parameters.function_to_apply: found {function!r}; needed softmax, sigmoid or none")
     return scores
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted: np.ndarray = logits - logits.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted
 
 
 @cache

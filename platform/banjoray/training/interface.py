@@ -6,18 +6,20 @@ from typing import Any
 
 import torch
 
+from banjoray.data.splits import Split
 from banjoray.data.tokens import Tokens
 from banjoray.training.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What `fit` learns from, and is steered by."""
+    """What `fit` learns from, and is steered by; ``held`` are the validation rows themselves."""
 
     train: Tokens
     validation: Tokens
     labels: tuple[str, ...]
     pad_id: int
+    held: Split
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from banjoray.data.batches import batches_of, shares
 from banjoray.errors import ConfigError, OutOfMemory, TrainingFailed, Untrainable
 from banjoray.models.readout import read_first_only
 from banjoray.models.vocabulary import narrow
-from banjoray.tasks.task import Task
+from banjoray.tasks.task import Collate, Task
 from banjoray.training.checkpoints import Checkpoint, Position, Saver, Store
 from banjoray.training.clock import Clock
 from banjoray.training.dropout import FastDropout
@@ -73,10 +73,12 @@ def _fit(
         model.activation_checkpointing_enable()  # type: ignore[operator]
     clock = Clock(torch.cuda.synchronize) if job.scale.gpus_per_worker and calls.exact else Clock()
     with clock("prefix"):
-        prefix = _all_or_none(kept_prefix(job, model, rows, choice.precision == "bf16", notes))
+        found_states = kept_prefix(job, model, rows, choice.precision == "bf16", notes) if task.steady else None
+        prefix = _all_or_none(found_states)
     strategy = build(job, model, choice.precision)
     with Saver() as saver:
-        session = _Session(job, rows, task, strategy, store, saver, learned, calls, clock)
+        collate = task.collate(job, start.tokenizer, model.config)
+        session = _Session(job, rows, task, collate, strategy, store, saver, learned, calls, clock)
         session.start_above(prefix)
         notes.append(f"precision {choice.precision}: {choice.reason}")
         if found and folder:
@@ -114,6 +116,7 @@ class _Session:
         job: JobConfig,
         rows: Rows,
         task: Task,
+        collate: Collate | None,
         strategy: Strategy,
         store: Store,
         saver: Saver,
@@ -123,7 +126,7 @@ class _Session:
     ) -> None:
         self._job, self._rows, self._task, self._calls = job, rows, task, calls
         self._strategy, self._store, self._saver, self._learned = strategy, store, saver, learned
-        self._objective = Objective(job, task, rows.train.targets, rows.labels)
+        self._objective, self._collate = Objective(job, task, rows.train, rows.labels), collate
         self._position = Position()
         self._trained_rows, self._clock = 0, clock
         self.start_above(None)
@@ -141,8 +144,9 @@ class _Session:
     def start_above(self, prefix: Prefix | None) -> None:
         """Read the rows from where their kept states begin; from their words without any."""
         rows, device, self._prefix = self._rows, self._strategy.device, prefix.origin if prefix else ""
-        self._train = Feed(rows.train, rows.pad_id, device, prefix.train if prefix else None)
-        self._validation = Feed(rows.validation, rows.pad_id, device, prefix.validation if prefix else None)
+        above = (prefix.train, prefix.validation) if prefix else (None, None)
+        self._train = Feed(rows.train, rows.pad_id, device, above[0], self._collate)
+        self._validation = Feed(rows.validation, rows.pad_id, device, above[1], self._collate)
 
     @property
     def step(self) -> int:
@@ -265,10 +269,10 @@ class _Session:
             with self._clock("collate"):
                 # A worker with no rows left still takes part in the exchange: one row, of no weight.
                 chosen = part if len(part) else batch[:1]
-                tensors = self._train.inputs(chosen)
+                tensors, targets = self._train.batch(chosen, self._position.epoch)
                 cells += len(chosen) * int(lengths[chosen].max())
                 tokens += int(lengths[chosen].sum())
-                loss = self._objective.share(chosen, total, empty=not len(part))
+                loss = self._objective.share(chosen, targets, total, empty=not len(part))
             last = number + 1 == len(mine)
 
             def forward(module: Any, tensors: Any = tensors, loss: Any = loss, last: bool = last) -> torch.Tensor:
@@ -304,9 +308,9 @@ class _Session:
         strategy, rows = self._strategy, self._rows
         strategy.module.eval()
         part = (strategy.rank, strategy.workers)
-        whole = outputs(strategy.module, self._validation, part)
+        whole = outputs(strategy.module, self._validation, self._task, part)
         strategy.module.train()
-        return self._task.score(whole, rows.validation.targets, rows.labels).metrics
+        return self._task.score(whole, rows.validation, rows.held, rows.labels).metrics
 
     def _checkpoint(self, metrics: dict[str, float]) -> None:
         """Gather on every worker; rank 0 writes while training goes on."""

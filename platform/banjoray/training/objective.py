@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from banjoray.config.job import JobConfig
+from banjoray.data.tokens import Tokens
 from banjoray.errors import ConfigError
 from banjoray.tasks.task import Task
 
@@ -18,37 +19,43 @@ Loss = Callable[[Any], Tensor]
 class Objective:
     """The loss of a job's task, smoothed and weighted as the job says."""
 
-    def __init__(self, job: JobConfig, task: Task, targets: np.ndarray, labels: Sequence[str]) -> None:
-        self._task, self._targets = task, targets
+    def __init__(self, job: JobConfig, task: Task, tokens: Tokens, labels: Sequence[str]) -> None:
+        self._task = task
         self._smoothing = job.train.label_smoothing
-        self._weights = row_weights(job, targets, labels)
+        self._weights = row_weights(job, task, tokens, labels)
 
     def total(self, batch: np.ndarray) -> float:
         """The weight of all rows of a batch."""
         return float(self._weights[batch].sum(dtype=np.float64))
 
-    def share(self, rows: np.ndarray, total: float, empty: bool) -> Loss:
-        """The loss of ``rows`` as their part of a batch of weight ``total``; of no weight where ``empty``."""
-        weights = np.zeros(len(rows), np.float32) if empty else (self._weights[rows] / total).astype(np.float32)
-        targets = self._targets[rows]
+    def share(self, rows: np.ndarray, targets: np.ndarray, total: float, empty: bool) -> Loss:
+        """The loss of ``rows`` as their part of a batch of weight ``total``; of no weight where ``empty``.
+
+        ``targets`` are what these rows have to find, (rows, ...).
+        """
+        # A batch in which nothing is to be found has no weight at all.
+        none = empty or not total
+        weights = np.zeros(len(rows), np.float32) if none else (self._weights[rows] / total).astype(np.float32)
 
         def loss(outputs: Any) -> Tensor:
-            device = outputs.logits.device
+            device = outputs[0].device
             losses = self._task.losses(outputs, torch.from_numpy(targets).to(device), self._smoothing)
             return torch.dot(losses, torch.from_numpy(weights).to(device))
 
         return loss
 
 
-def row_weights(job: JobConfig, targets: np.ndarray, labels: Sequence[str]) -> np.ndarray:
-    """The weight of every row (rows,), by its label.
+def row_weights(job: JobConfig, task: Task, tokens: Tokens, labels: Sequence[str]) -> np.ndarray:
+    """The weight of every feature (features,): what the task says, times that of its label.
 
     ``balanced`` is scikit-learn's: rows / (labels x rows of the label). A mean over rows divides by their weights, so
-    only ratios count. Raises ConfigError: a label that the data does not have.
+    only ratios count. Raises ConfigError: a label that the data does not have, a task whose rows have none.
     """
-    wanted = job.train.class_weights
+    wanted, targets = job.train.class_weights, np.asarray(tokens.targets)
     if wanted == "none":
-        return np.ones(len(targets), dtype=np.float32)
+        return task.weights(tokens)
+    if not task.weighted:
+        raise ConfigError(f"train.class_weights: found {wanted!r}; rows of {task.name} have no label, so needed none")
     if wanted == "balanced":
         counts = np.bincount(targets, minlength=len(labels))
         by_label = len(targets) / (len(labels) * np.maximum(counts, 1))

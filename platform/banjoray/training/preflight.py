@@ -8,7 +8,7 @@ from typing import Any
 import fsspec
 
 from banjoray.config.job import JobConfig, is_url
-from banjoray.data.splits import Splits, load_splits
+from banjoray.data.splits import Splits
 from banjoray.data.tokens import cached_tokens, token_cache
 from banjoray.errors import ConfigError
 from banjoray.models.freezing import count_weights, freeze_parameters
@@ -61,17 +61,17 @@ def prepare(job: JobConfig) -> Ready:
     quiet_libraries()
     check_places(job)
     task = task_for(job.task)
-    splits = load_splits(job, token)
+    splits = task.splits(job, token)
     base = find_base(job.model, job.hub)
     tokenizer = load_tokenizer(base)
     config = base_config(base, job, splits.labels, tokenizer.pad_token_id)
     _check_length(job, config)
     drawing = sketch(config, task, job.model.trust_remote_code)
     trainable, weights = _shaped(job, drawing)
-    row_weights(job, splits.train.targets, splits.labels)
     cache = token_cache(job)
-    train = cached_tokens(splits.train, tokenizer, job.data.max_length, cache)
-    validation = cached_tokens(splits.validation, tokenizer, job.data.max_length, cache)
+    train = cached_tokens(splits.train, task, tokenizer, job.data, cache)
+    validation = cached_tokens(splits.validation, task, tokenizer, job.data, cache)
+    row_weights(job, task, train, splits.labels)
     if job.train.checkpoint_budget_gib:
         # As the loop does: checkpoints hold the words in use alone.
         narrow(drawing, (part.streams["input_ids"] for part in (train, validation)))
@@ -86,7 +86,7 @@ def prepare(job: JobConfig) -> Ready:
         task=task,
         splits=splits,
         base=base,
-        rows=Rows(train, validation, splits.labels, tokenizer.pad_token_id),
+        rows=Rows(train, validation, splits.labels, tokenizer.pad_token_id, splits.validation),
         start=Start(model, tokenizer),
         trainable=trainable,
         weights=weights,

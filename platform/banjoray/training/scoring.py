@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from banjoray.config.job import JobConfig
-from banjoray.data.batches import padded, sorted_batches
-from banjoray.data.splits import load_splits
+from banjoray.data.batches import padded, sorted_batches, targets_of
 from banjoray.data.tokens import Tokens, cached_tokens, token_cache
 from banjoray.models.loading import labels_of, load_trained, quiet_libraries, use_hub
-from banjoray.tasks.task import Score, task_for
+from banjoray.tasks.task import Collate, Score, Task, task_for
 
 # Rows x longest of one forward pass without gradients; larger batches are not faster on the CPUs measured.
 EVALUATION_TOKENS = 8192
@@ -29,13 +28,14 @@ def score_folder(folder: Path, job: JobConfig, split: str) -> tuple[Score, str]:
     quiet_libraries()
     task = task_for(job.task)
     model, tokenizer = load_trained(folder, task, job.model.trust_remote_code)
+    labels = labels_of(model) if task.labelled else ()
     # In the model's order of labels: rows that have changed since may sort to another one.
-    splits = load_splits(job.with_values({"data.labels": list(labels_of(model))}), token)
+    splits = task.splits(job.with_values({"data.labels": list(labels)}) if labels else job, token)
     rows = splits.get(split)
-    tokens = cached_tokens(rows, tokenizer, job.data.max_length, token_cache(job))
+    tokens = cached_tokens(rows, task, tokenizer, job.data, token_cache(job))
     device = torch.device("cuda" if torch.cuda.is_available() and job.scale.gpus_per_worker else "cpu")
-    whole = outputs(model.to(device), Feed(tokens, model.config.pad_token_id, device))
-    return task.score(whole, tokens.targets, labels_of(model)), splits.fingerprint()
+    feed = Feed(tokens, tokenizer.pad_token_id, device, collate=task.collate(job, tokenizer, model.config))
+    return task.score(outputs(model.to(device), feed, task), tokens, rows, labels), splits.fingerprint()
 
 
 def to_tensors(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
@@ -59,15 +59,22 @@ class Feed:
     pad_id: int
     device: torch.device
     above: Starts | None = None
+    collate: Collate | None = None
 
-    def inputs(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """The inputs of the next forward pass, over some rows: (rows, longest)."""
-        tensors = to_tensors(padded(self.tokens, rows, self.pad_id), self.device)
-        return self.above.start(rows, tensors) if self.above else tensors
+    def batch(self, rows: np.ndarray, epoch: int | None = None) -> tuple[dict[str, Tensor], np.ndarray]:
+        """The inputs of the next forward pass, (rows, longest) each, and what it has to find, (rows, ...).
+
+        ``epoch``: where the task draws some of them anew in every epoch; None: as always, for evaluation.
+        """
+        inputs, targets = padded(self.tokens, rows, self.pad_id), targets_of(self.tokens, rows)
+        if self.collate is not None:
+            inputs, targets = self.collate(inputs, targets, rows, epoch)
+        tensors = to_tensors(inputs, self.device)
+        return (self.above.start(rows, tensors) if self.above else tensors), targets
 
 
-def outputs(model: Callable[..., Any], feed: Feed, share: tuple[int, int] = (0, 1)) -> np.ndarray:
-    """The logits of every row, in row order, fp32, on every worker.
+def outputs(model: Callable[..., Any], feed: Feed, task: Task, share: tuple[int, int] = (0, 1)) -> list[np.ndarray]:
+    """What the task keeps of every feature's outputs, in order, on every worker.
 
     ``share`` is (rank, workers): each worker computes its part, then all exchange theirs. Every worker runs the
     same number of forward passes, as sharded parameters need.
@@ -76,18 +83,17 @@ def outputs(model: Callable[..., Any], feed: Feed, share: tuple[int, int] = (0, 
     batches = sorted_batches(feed.tokens.lengths, EVALUATION_TOKENS)
     mine = batches[rank::workers]
     passes = -(-len(batches) // workers)
-    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    parts: list[tuple[np.ndarray, list[np.ndarray]]] = []
     with torch.inference_mode():
         for number in range(passes):
             rows = mine[number] if number < len(mine) else batches[-1][:1]
-            logits = model(**feed.inputs(rows)).logits
+            inputs, targets = feed.batch(rows)
+            found = model(**inputs)
             if number < len(mine):
-                parts.append((rows, logits.float().cpu().numpy()))
+                parts.append((rows, task.kept(found, inputs, torch.from_numpy(targets).to(feed.device))))
     if workers > 1:
         gathered: list[Any] = [None] * workers
         torch.distributed.all_gather_object(gathered, parts)
         parts = [part for theirs in gathered for part in theirs]
-    whole = np.empty((len(feed.tokens), *parts[0][1].shape[1:]), dtype=np.float32)
-    for rows, values in parts:
-        whole[rows] = values
-    return whole
+    whole = {int(row): value for rows, values in parts for row, value in zip(rows, values, strict=True)}
+    return [whole[row] for row in range(len(whole))]

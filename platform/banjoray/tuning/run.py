@@ -255,8 +255,8 @@ class _Median(MedianStoppingRule):
 class _Optuna(OptunaSearch):
     """Tune's bridge to Optuna, told of whole trials only.
 
-    Scores of epochs serve Optuna's pruners, which are not in use: the scheduler stops trials. A trial that goes on after
-    a restart counts its reports from one again (Ray 2.60), which Optuna 5 warns of.
+    Scores of epochs serve Optuna's pruners, which are not in use: the scheduler stops trials. A trial that goes on
+    after a restart counts its reports from one again (Ray 2.60), which Optuna 5 warns of.
     """
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

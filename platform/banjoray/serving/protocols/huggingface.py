@@ -1,28 +1,17 @@
 """The request and answer of Hugging Face's inference API, as `huggingface_hub.InferenceClient` sends and reads them."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from banjoray.errors import RequestError
-from banjoray.tasks.task import Task
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What a request asks: rows for the model, and parameters for the answer."""
-
-    rows: list[dict[str, str]]
-    parameters: Mapping[str, Any]
+from banjoray.tasks.task import Ask, Task
 
 
 def parse(body: bytes, task: Task, max_rows: int) -> Ask:
     """The rows and parameters in a request body: {"inputs": ..., "parameters": {...}}.
 
-    Raises RequestError: 400 if it is not JSON, 413 for too many rows, 422 for another shape.
+    Other keys count as parameters (the client sends some so: normalize, truncate), but for "options", which old clients
+    send to a hosted service. Raises RequestError: 400 if it is not JSON, 413 for too many rows, 422 for another shape.
     """
     try:
         request = json.loads(body, parse_constant=_no_number)
@@ -37,14 +26,10 @@ def parse(body: bytes, task: Task, max_rows: int) -> Ask:
     inputs = request["inputs"]
     if isinstance(inputs, list) and len(inputs) > max_rows:
         raise RequestError(f"inputs: found {len(inputs)} rows; this endpoint takes {max_rows} in one request", 413)
-    return Ask(task.parse(inputs), parameters or {})
+    beside = {key: value for key, value in request.items() if key not in ("inputs", "parameters", "options")}
+    return task.parse(inputs, beside | (parameters or {}))
 
 
 def _no_number(constant: str) -> Any:
     """Python's reader would take NaN and Infinity, which JSON does not have."""
     raise ValueError(f"{constant} is no number in JSON")
-
-
-def answer(outputs: Sequence[np.ndarray], ask: Ask, task: Task, labels: Sequence[str]) -> list[Any]:
-    """One answer per row, always as a list: the client reads the first, and a flat list would be misread."""
-    return [task.answer(row, labels, ask.parameters) for row in outputs]
