@@ -216,12 +216,12 @@ def test_many_that_make_the_same_entry_at_once_all_succeed(tmp_path: Path, monke
         everybody.wait()
         return tokens
 
+    expected = tokenise(BASE[0], tiny_tokenizer(), MAX_LENGTH)
     monkeypatch.setattr(banjoray.data.tokens, "tokenise", together)
     cache = tmp_path / "not" / "there" / "yet"
     with ThreadPoolExecutor(many) as pool:
         calls = [pool.submit(cached_tokens, BASE[0], tiny_tokenizer(), MAX_LENGTH, cache) for _ in range(many)]
         found = [call.result() for call in calls]
-    expected = tokenise(BASE[0], tiny_tokenizer(), MAX_LENGTH)
     assert all(same(tokens, expected) for tokens in found)
     assert len(list(cache.iterdir())) == 1
 
