@@ -4,24 +4,20 @@ stdout carries the answer, with ``--json`` exactly one JSON object; stderr carri
 1 the run failed, 2 you asked for something wrong, 3 a gate refused.
 """
 
-import contextlib
 import json
-import logging
-import os
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from banjoray import __version__
 from banjoray.errors import BanjorayError, ConfigError
+from banjoray.terminal import answer, metrics_text, quietly, saying, terminal
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
 app = typer.Typer(
     name="banjoray",
@@ -33,7 +29,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Result = TypeVar("Result")
 JobFile = Annotated[Path, typer.Argument(help="A job file, as jobs/quickstart.yaml.", show_default=False)]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the job file; may be repeated.")
@@ -84,7 +79,7 @@ def train(
     The same command goes on with an unfinished run; a SIGTERM ends it with a checkpoint.
     """
     job = _job(file, values)
-    console = _console()
+    console = terminal()
 
     def work() -> Any:
         from banjoray.reports.progress import RunProgress
@@ -92,12 +87,12 @@ def train(
 
         progress = RunProgress(console)
         with progress.shown():
-            return run(job, watch=progress, say=_say(console), exact=profile)
+            return run(job, watch=progress, say=saying(console), exact=profile)
 
-    result = _quietly(work)
+    result = quietly(work)
     speed = f"{result.steps} steps, {result.seconds:.0f} s, {result.rows_per_s:.0f} rows/s"
     text = [
-        f"{result.version}  {_metrics(result.metrics)}  ({speed})",
+        f"{result.version}  {metrics_text(result.metrics)}  ({speed})",
         f"checkpoint  {result.checkpoint}",
         f"next        banjoray promote {result.version} production",
     ]
@@ -105,7 +100,7 @@ def train(
         from banjoray.reports.tables import profile_table
 
         console.print(profile_table(result.profile))
-    _answer(result.to_json(), as_json, *text)
+    answer(result.to_json(), as_json, *text)
 
 
 @app.command()
@@ -115,16 +110,16 @@ def tune(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None
     The same command goes on with an unfinished study; finished trials are not run again.
     """
     job = _job(file, values)
-    console = _console()
+    console = terminal()
 
     def work() -> Any:
         from banjoray.reports.study import write_page
         from banjoray.tuning.run import tune as run
 
-        result = run(job, say=_say(console))
+        result = run(job, say=saying(console))
         return result, write_page(result, f"{job.storage}/{result.study_id}")
 
-    result, page = _quietly(work)
+    result, page = quietly(work)
     from banjoray.reports.tables import importances_line, trials_table
 
     text: list[RenderableType] = [
@@ -134,7 +129,7 @@ def tune(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None
         f"pictures    {page}",
         f"next        banjoray promote {result.version} production",
     ]
-    _answer(result.to_json(), as_json, *(line for line in text if line))
+    answer(result.to_json(), as_json, *(line for line in text if line))
 
 
 @app.command()
@@ -154,13 +149,13 @@ def score(
 
         return run(reference, split, registry)
 
-    result = _quietly(work)
+    result = quietly(work)
     if not result.same_data:
-        _console().print("the data has changed since this version was trained", style="yellow")
-    from banjoray.reports.tables import confusion_table
+        terminal().print("the data has changed since this version was trained", style="yellow")
+    from banjoray.reports.tables import score_tables
 
-    told = f"{result.version} on {result.split}: {_metrics(result.score.metrics)}"
-    _answer(result.to_json(), as_json, told, confusion_table(result.score))
+    told = f"{result.version} on {result.split}: {metrics_text(result.score.metrics)}"
+    answer(result.to_json(), as_json, told, *score_tables(result.score))
 
 
 @app.command()
@@ -181,7 +176,7 @@ def models(
         for model, (versions, aliases) in listed.items()
     }
     lines: list[RenderableType] = [versions_table(versions, aliases) for versions, aliases in listed.values()]
-    _answer(told, as_json, *(lines or [f"no models in {store.root}; banjoray train makes one"]))
+    answer(told, as_json, *(lines or [f"no models in {store.root}; banjoray train makes one"]))
 
 
 @app.command()
@@ -204,7 +199,7 @@ def promote(
     version = store.resolve(reference)
     before = store.promote(version.model, version.version, alias, "anything" if expected is None else expected or None)
     told = {"model": version.model, "alias": alias, "version": version.version, "before": before}
-    _answer(told, as_json, f"{version.model}@{alias} is {version} (before: {before or 'nothing'})")
+    answer(told, as_json, f"{version.model}@{alias} is {version} (before: {before or 'nothing'})")
 
 
 @app.command()
@@ -216,16 +211,16 @@ def serve(
 
     Listens on 127.0.0.1 unless the file names another host.
     """
-    console = _console()
+    console = terminal()
 
     def work() -> None:
         from banjoray.serving.app import serving
 
-        with serving(file, port, _say(console)) as url:
-            _say(console)(f"answering at {url} (docs at {url}/docs); Ctrl-C stops it")
+        with serving(file, port, saying(console)) as url:
+            saying(console)(f"answering at {url} (docs at {url}/docs); Ctrl-C stops it")
             signal.pause()
 
-    _quietly(work)
+    quietly(work)
 
 
 @app.command()
@@ -252,7 +247,7 @@ def submit(
 
         return run(verb, str(file), address, values, tell)
 
-    code = _quietly(work)
+    code = quietly(work)
     answers = [line for line in "".join(lines).splitlines() if line.startswith("{") and line.endswith("}")]
     if answers:
         typer.echo(answers[-1])
@@ -279,8 +274,36 @@ def plan(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None
     from banjoray.reports.tables import plan_lines
     from banjoray.tuning.plan import plan as run
 
-    found = _quietly(lambda: run(job))
-    _answer(found.to_json(), as_json, *plan_lines(found))
+    found = quietly(lambda: run(job))
+    answer(found.to_json(), as_json, *plan_lines(found))
+
+
+@app.command()
+def inspect(
+    target: Annotated[
+        str, typer.Argument(help="A job file, a version (emotion@7), a folder, or a hub id.", show_default=False)
+    ],
+    text: Annotated[str | None, typer.Option(help="Also show what the tokenizer makes of this text.")] = None,
+    attention: Annotated[
+        Path | None, typer.Option(help="Write a page of how every head looks at --text, as attention.html.")
+    ] = None,
+    values: Overrides = [],  # noqa: B006
+    registry: RegistryRoot = "./registry",
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model or a job's model is made of.
+
+    Weights by part, what is trained, blocks and their names; of a job, memory by strategy too.
+    """
+    if attention and text is None:
+        raise ConfigError("--attention: needs --text")
+    from banjoray.reports.inspection import attention_page, inspection_lines
+    from banjoray.reports.inspection import inspect as run
+
+    found = quietly(lambda: run(target, registry, values, text))
+    if attention:
+        attention.write_text(quietly(lambda: attention_page(found)), encoding="utf-8")
+    answer(found.to_json(), as_json, *inspection_lines(found), *([f"attention  {attention}"] if attention else []))
 
 
 @app.command()
@@ -291,10 +314,10 @@ def quickstart(
 
     Trains on 600 sentences with two workers, scores, registers, serves, asks three questions.
     """
-    console = _console()
+    console = terminal()
     from banjoray.quickstart import run
 
-    _quietly(lambda: run(console, port))
+    quietly(lambda: run(console, port))
 
 
 @app.command()
@@ -326,9 +349,9 @@ def _check_job(file: Path) -> str:
     from banjoray.reports.tables import checked_line
     from banjoray.tuning.plan import checked
 
-    ready, corners = _quietly(lambda: checked(job))
+    ready, corners = quietly(lambda: checked(job))
     for warning in ready.warnings:
-        _say(_console())(warning)
+        saying(terminal())(warning)
     return checked_line(ready, len(corners))
 
 
@@ -339,60 +362,7 @@ def _check_serve(file: Path) -> str:
         names = [application.name for application in read_config(file, None).applications]
         return f"ok, applications {', '.join(names)}"
 
-    return _quietly(work)
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _say(console: "Console") -> Callable[[str], None]:
-    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _metrics(metrics: dict[str, float]) -> str:
-    from banjoray.reports.tables import metrics_line
-
-    return metrics_line(metrics)
-
-
-def _quietly(work: Callable[[], Result]) -> Result:
-    """Do the work with what Ray and other libraries print kept out of stdout and the terminal, in a log file."""
-    log = Path(tempfile.gettempdir()) / f"banjoray-{os.getuid()}" / f"{os.getpid()}.log"
-    log.parent.mkdir(mode=0o700, exist_ok=True)
-    try:
-        with _logged_to(log):
-            return work()
-    except BanjorayError as error:
-        if error.exit_code == 1:
-            error.args = (f"{error.args[0]}\nlogs: {log}, and Ray's in /tmp/ray/session_latest/logs", *error.args[1:])
-        raise
-
-
-@contextlib.contextmanager
-def _logged_to(log: Path) -> Iterator[None]:
-    handler = logging.FileHandler(log)
-    names = ("ray", "ray.serve", "ray.train", "ray.tune", "transformers", "datasets", "accelerate", "DeepSpeed")
-    for name in names:
-        logger = logging.getLogger(name)
-        logger.addHandler(handler)
-        logger.propagate = False
-    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        yield
-
-
-def _answer(told: dict[str, Any], as_json: bool, *lines: "RenderableType") -> None:
-    """Print the answer: one JSON object, or lines for people."""
-    if as_json:
-        typer.echo(json.dumps(told))
-        return
-    from rich.console import Console
-
-    console = Console()
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=isinstance(line, str))
+    return quietly(work)
 
 
 if __name__ == "__main__":

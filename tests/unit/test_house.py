@@ -34,6 +34,7 @@ LAYERS = (
     ("cluster",),
     ("reports",),
     ("quickstart",),
+    ("terminal",),
     ("cli",),
 )
 # The one pair on the same step: an engine pads and moves tensors as evaluation does.

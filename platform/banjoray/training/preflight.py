@@ -67,7 +67,7 @@ def prepare(job: JobConfig) -> Ready:
     config = base_config(base, job, splits.labels, tokenizer.pad_token_id)
     _check_length(job, config)
     drawing = sketch(config, task, job.model.trust_remote_code)
-    trainable, weights = _shaped(job, drawing)
+    trainable, weights = shaped(job, drawing)
     cache = token_cache(job)
     train = cached_tokens(splits.train, task, tokenizer, job.data, cache)
     validation = cached_tokens(splits.validation, task, tokenizer, job.data, cache)
@@ -79,7 +79,7 @@ def prepare(job: JobConfig) -> Ready:
 
     def model() -> Any:
         loaded = load_for_training(base, config, task, job.train.seed)
-        _shaped(job, loaded)
+        shaped(job, loaded)
         return loaded
 
     return Ready(
@@ -99,7 +99,7 @@ def prepare(job: JobConfig) -> Ready:
     )
 
 
-def _shaped(job: JobConfig, model: Any) -> tuple[int, int]:
+def shaped(job: JobConfig, model: Any) -> tuple[int, int]:
     """Freeze, or put adapters in, as the job says; (trainable, all) as numbers of weights."""
     if job.adapter is None:
         return freeze_parameters(model, job.freeze)

@@ -1,0 +1,85 @@
+"""What all verbs share: where progress and answers go, and where what libraries print is kept."""
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import typer
+
+from banjoray.errors import BanjorayError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+Result = TypeVar("Result")
+
+
+def terminal() -> "Console":
+    """Where progress goes: stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def saying(console: "Console") -> Callable[[str], None]:
+    """Prints lines there, as they are."""
+    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def metrics_text(metrics: dict[str, float]) -> str:
+    """Metrics in one line."""
+    from banjoray.reports.tables import metrics_line
+
+    return metrics_line(metrics)
+
+
+def quietly(work: Callable[[], Result]) -> Result:
+    """Do the work with what Ray and other libraries print kept out of stdout and the terminal, in a log file."""
+    log = Path(tempfile.gettempdir()) / f"banjoray-{os.getuid()}" / f"{os.getpid()}.log"
+    log.parent.mkdir(mode=0o700, exist_ok=True)
+    try:
+        with _logged_to(log):
+            return work()
+    except BanjorayError as error:
+        if error.exit_code == 1:
+            error.args = (f"{error.args[0]}\nlogs: {log}, and Ray's in /tmp/ray/session_latest/logs", *error.args[1:])
+        raise
+
+
+@contextlib.contextmanager
+def _logged_to(log: Path) -> Iterator[None]:
+    handler = logging.FileHandler(log)
+    names = (
+        "ray",
+        "ray.serve",
+        "ray.train",
+        "ray.tune",
+        "transformers",
+        "datasets",
+        "accelerate",
+        "DeepSpeed",
+        "huggingface_hub",
+    )
+    for name in names:
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.propagate = False
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        yield
+
+
+def answer(told: dict[str, Any], as_json: bool, *lines: "RenderableType") -> None:
+    """Print the answer: one JSON object, or lines for people."""
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=isinstance(line, str))
