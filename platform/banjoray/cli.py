@@ -83,8 +83,7 @@ def train(
 
     The same command goes on with an unfinished run; a SIGTERM ends it with a checkpoint.
     """
-    job = _job(file, values)
-    console = _console()
+    job, console = _job(file, values), _console()
 
     def work() -> Any:
         from banjoray.reports.progress import RunProgress
@@ -114,14 +113,15 @@ def tune(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None
 
     The same command goes on with an unfinished study; finished trials are not run again.
     """
-    job = _job(file, values)
-    console = _console()
+    job, console = _job(file, values), _console()
 
     def work() -> Any:
         from banjoray.reports.study import write_page
+        from banjoray.reports.study_progress import StudyProgress
         from banjoray.tuning.run import tune as run
 
-        result = run(job, say=_say(console))
+        with StudyProgress(console, job).shown() as watch:
+            result = run(job, watch=watch, say=_say(console))
         return result, write_page(result, f"{job.storage}/{result.study_id}")
 
     result, page = _quietly(work)
@@ -345,7 +345,8 @@ def _check_serve(file: Path) -> str:
 def _console() -> "Console":
     from rich.console import Console
 
-    return Console(stderr=True)
+    # FORCE_COLOR makes Rich take a file for a terminal: colours are fine there, a table that is drawn again is not.
+    return Console(stderr=True, force_interactive=None if sys.stderr.isatty() else False)
 
 
 def _say(console: "Console") -> Callable[[str], None]:
