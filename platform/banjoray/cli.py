@@ -114,9 +114,11 @@ def tune(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None
 
     def work() -> Any:
         from banjoray.reports.study import write_page
+        from banjoray.reports.study_progress import StudyProgress
         from banjoray.tuning.run import tune as run
 
-        result = run(job, say=saying(console))
+        with StudyProgress(console, job).shown() as watch:
+            result = run(job, watch=watch, say=saying(console))
         return result, write_page(result, f"{job.storage}/{result.study_id}")
 
     result, page = quietly(work)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,8 @@ def terminal() -> "Console":
     """Where progress goes: stderr."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    # FORCE_COLOR makes Rich take a file for a terminal: colours are fine there, a table that is drawn again is not.
+    return Console(stderr=True, force_interactive=None if sys.stderr.isatty() else False)
 
 
 def saying(console: "Console") -> Callable[[str], None]:
