@@ -130,9 +130,9 @@ def test_a_bug_in_a_trial_is_told_and_ends_the_study(watched: Watched) -> None:
 
 def test_trials_that_ended_before_a_study_went_on_are_told_but_not_to_a_log_again(watched: Watched) -> None:
     watched.record(0.5, 0.25, seconds=5.0, prefix="computed", failure=Failure("no_score", "loss is nan"))
-    assert not watched.driver.opened
+    before = watched.driver.opened
     watched.driver.open({"t": VALUES})
-    assert watched.driver.opened
+    assert (before, watched.driver.opened) == (False, True)
     (told,) = watched.told
     assert (told.best, told.seconds, told.states, told.status) == (0.25, 5.0, "computed", "failed")
     said: list[str] = []

@@ -260,12 +260,12 @@ def test_a_log_gets_a_line_per_epoch_and_per_failure_and_nothing_else(width: int
 def test_the_command_draws_no_table_into_a_file_whose_colours_are_forced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from banjoray import cli
+    from banjoray.terminal import terminal
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     with (tmp_path / "log").open("w", encoding="utf-8") as file:
         monkeypatch.setattr("sys.stderr", file)
-        console = cli._console()
+        console = terminal()
         with StudyProgress(console, job(), Clock()).shown() as watch:
             for moment in LOG:
                 watch(moment)
