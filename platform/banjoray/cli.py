@@ -281,6 +281,27 @@ def plan(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None
 
 
 @app.command()
+def data(
+    file: JobFile,
+    values: Overrides = [],  # noqa: B006
+    page: Annotated[Path | None, typer.Option(help="Also write it as an HTML page, as data.html.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at a job's rows before training.
+
+    Labels, lengths, and rows that repeat, contradict another, are cut, or stand in two splits.
+    """
+    job = _job(file, values).anchored(Path.cwd())
+    from banjoray.reports.profile import profile_lines, profile_page
+    from banjoray.training.preflight import profiled
+
+    found = quietly(lambda: profiled(job))
+    if page:
+        page.write_text(profile_page(job.name, found), encoding="utf-8")
+    answer(found.to_json(), as_json, *profile_lines(found), *([f"page  {page}"] if page else []))
+
+
+@app.command()
 def inspect(
     target: Annotated[
         str, typer.Argument(help="A job file, a version (emotion@7), a folder, or a hub id.", show_default=False)

@@ -8,6 +8,7 @@ from typing import Any
 import fsspec
 
 from banjoray.config.job import JobConfig, is_url
+from banjoray.data.profile import Profile, profile
 from banjoray.data.splits import Splits
 from banjoray.data.tokens import cached_tokens, token_cache
 from banjoray.errors import ConfigError
@@ -97,6 +98,15 @@ def prepare(job: JobConfig) -> Ready:
             if tokens.cut
         ),
     )
+
+
+def profiled(job: JobConfig) -> Profile:
+    """What a job's rows are like; raises ConfigError, DataError or ModelError as `prepare` does."""
+    token = use_hub(job.hub)
+    quiet_libraries()
+    task = task_for(job.task)
+    tokenizer = load_tokenizer(find_base(job.model, job.hub))
+    return profile(task.splits(job, token), task, tokenizer, job.data)
 
 
 def shaped(job: JobConfig, model: Any) -> tuple[int, int]:
