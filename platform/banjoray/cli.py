@@ -14,7 +14,21 @@ import typer
 
 from banjoray import __version__
 from banjoray.errors import BanjorayError, ConfigError
-from banjoray.terminal import answer, metrics_text, quietly, saying, terminal
+from banjoray.looking import check, data, inspect, plan, schema
+from banjoray.terminal import (
+    AsJson,
+    JobFile,
+    Overrides,
+    Profile,
+    Reference,
+    RegistryRoot,
+    answer,
+    job_of,
+    metrics_text,
+    quietly,
+    saying,
+    terminal,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,15 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-JobFile = Annotated[Path, typer.Argument(help="A job file, as jobs/quickstart.yaml.", show_default=False)]
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the job file; may be repeated.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Profile = Annotated[bool, typer.Option("--profile", help="Print where the time went; on GPUs it costs some.")]
-RegistryRoot = Annotated[str, typer.Option("--registry", help="Folder or fsspec URL of the registry.")]
-Reference = Annotated[str, typer.Argument(help="name@version or name@alias, as emotion@7.", show_default=False)]
 
 
 def main() -> None:
@@ -78,7 +83,7 @@ def train(
 
     The same command goes on with an unfinished run; a SIGTERM ends it with a checkpoint.
     """
-    job = _job(file, values)
+    job = job_of(file, values)
     console = terminal()
 
     def work() -> Any:
@@ -109,7 +114,7 @@ def tune(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None
 
     The same command goes on with an unfinished study; finished trials are not run again.
     """
-    job = _job(file, values)
+    job = job_of(file, values)
     console = terminal()
 
     def work() -> Any:
@@ -158,6 +163,37 @@ def score(
 
     told = f"{result.version} on {result.split}: {metrics_text(result.score.metrics)}"
     answer(result.to_json(), as_json, told, *score_tables(result.score))
+
+
+@app.command()
+def predict(
+    reference: Reference,
+    file: Annotated[str, typer.Argument(help="jsonl, txt, csv or parquet; a path or fsspec URL.", show_default=False)],
+    output: Annotated[str, typer.Option("--output", "-o", help="Where a JSON line per row goes.", show_default=False)],
+    parameters: Annotated[str, typer.Option(help="Parameters of a request, as JSON.")] = "{}",
+    registry: RegistryRoot = "./registry",
+    as_json: AsJson = False,
+) -> None:
+    """Answer every row of a file.
+
+    As the endpoint would: the same task, the same answers. A row that can't be answered is written with its error.
+    """
+    try:
+        given = json.loads(parameters)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--parameters: not JSON ({error})") from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"--parameters: found {parameters}; needed a JSON object")
+
+    def work() -> Any:
+        from banjoray.serving.batch import predict as run
+
+        return run(reference, file, output, registry, given, saying(terminal()))
+
+    result = quietly(work)
+    for line in result.first_errors:
+        saying(terminal())(line)
+    answer(result.to_json(), as_json, f"{result.output}  {result.rows} rows, {result.failed} of them with an error")
 
 
 @app.command()
@@ -256,77 +292,8 @@ def submit(
     raise typer.Exit(code)
 
 
-@app.command()
-def check(files: Annotated[list[Path], typer.Argument(help="Job files or serve configs.", show_default=False)]) -> None:
-    """Check files; nothing is started.
-
-    A job file: keys, rows, labels, base model, freezing, tune.space. A serve config: its schema and its model.
-    """
-    from banjoray.config.job import read_yaml
-
-    for file in files:
-        told = _check_serve(file) if "applications" in read_yaml(file) else _check_job(file)
-        typer.echo(f"{file}: {told}")
-
-
-@app.command()
-def plan(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
-    """Say what a job will take; nothing is started."""
-    job = _job(file, values).anchored(Path.cwd())
-    from banjoray.reports.tables import plan_lines
-    from banjoray.tuning.plan import plan as run
-
-    found = quietly(lambda: run(job))
-    answer(found.to_json(), as_json, *plan_lines(found))
-
-
-@app.command()
-def data(
-    file: JobFile,
-    values: Overrides = [],  # noqa: B006
-    page: Annotated[Path | None, typer.Option(help="Also write it as an HTML page, as data.html.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Look at a job's rows before training.
-
-    Labels, lengths, and rows that repeat, contradict another, are cut, or stand in two splits.
-    """
-    job = _job(file, values).anchored(Path.cwd())
-    from banjoray.reports.profile import profile_lines, profile_page
-    from banjoray.training.preflight import profiled
-
-    found = quietly(lambda: profiled(job))
-    if page:
-        page.write_text(profile_page(job.name, found), encoding="utf-8")
-    answer(found.to_json(), as_json, *profile_lines(found), *([f"page  {page}"] if page else []))
-
-
-@app.command()
-def inspect(
-    target: Annotated[
-        str, typer.Argument(help="A job file, a version (emotion@7), a folder, or a hub id.", show_default=False)
-    ],
-    text: Annotated[str | None, typer.Option(help="Also show what the tokenizer makes of this text.")] = None,
-    attention: Annotated[
-        Path | None, typer.Option(help="Write a page of how every head looks at --text, as attention.html.")
-    ] = None,
-    values: Overrides = [],  # noqa: B006
-    registry: RegistryRoot = "./registry",
-    as_json: AsJson = False,
-) -> None:
-    """Show what a model or a job's model is made of.
-
-    Weights by part, what is trained, blocks and their names; of a job, memory by strategy too.
-    """
-    if attention and text is None:
-        raise ConfigError("--attention: needs --text")
-    from banjoray.reports.inspection import attention_page, inspection_lines
-    from banjoray.reports.inspection import inspect as run
-
-    found = quietly(lambda: run(target, registry, values, text))
-    if attention:
-        attention.write_text(quietly(lambda: attention_page(found)), encoding="utf-8")
-    answer(found.to_json(), as_json, *inspection_lines(found), *([f"attention  {attention}"] if attention else []))
+for verb in (check, plan, data, inspect):
+    app.command()(verb)
 
 
 @app.command()
@@ -343,49 +310,7 @@ def quickstart(
     quietly(lambda: run(console, port))
 
 
-@app.command()
-def schema(
-    kind: Annotated[str, typer.Argument(help="job, or serve (the args of an application).")] = "job",
-) -> None:
-    """Print the JSON Schema of a job file.
-
-    Every key with its default, unit and rule; for editors and for reading.
-    """
-    from banjoray.config.job import JobConfig
-    from banjoray.config.section import Section
-    from banjoray.config.serve import ServeConfig
-
-    kinds: dict[str, type[Section]] = {"job": JobConfig, "serve": ServeConfig}
-    if kind not in kinds:
-        raise ConfigError(f"schema: found '{kind}'; needed job or serve")
-    typer.echo(json.dumps(kinds[kind].model_json_schema(), indent=2))
-
-
-def _job(file: Path, values: list[str]) -> Any:
-    from banjoray.config.job import load_job
-
-    return load_job(file, values)
-
-
-def _check_job(file: Path) -> str:
-    job = _job(file, []).anchored(Path.cwd())
-    from banjoray.reports.tables import checked_line
-    from banjoray.tuning.plan import checked
-
-    ready, corners = quietly(lambda: checked(job))
-    for warning in ready.warnings:
-        saying(terminal())(warning)
-    return checked_line(ready, len(corners))
-
-
-def _check_serve(file: Path) -> str:
-    def work() -> str:
-        from banjoray.serving.app import read_config
-
-        names = [application.name for application in read_config(file, None).applications]
-        return f"ok, applications {', '.join(names)}"
-
-    return quietly(work)
+app.command()(schema)
 
 
 if __name__ == "__main__":

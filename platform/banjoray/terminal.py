@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 Result = TypeVar("Result")
+JobFile = Annotated[Path, typer.Argument(help="A job file, as jobs/quickstart.yaml.", show_default=False)]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the job file; may be repeated.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Profile = Annotated[bool, typer.Option("--profile", help="Print where the time went; on GPUs it costs some.")]
+RegistryRoot = Annotated[str, typer.Option("--registry", help="Folder or fsspec URL of the registry.")]
+Reference = Annotated[str, typer.Argument(help="name@version or name@alias, as emotion@7.", show_default=False)]
 
 
 def terminal() -> "Console":
@@ -85,3 +93,10 @@ def answer(told: dict[str, Any], as_json: bool, *lines: "RenderableType") -> Non
     console = Console()
     for line in lines:
         console.print(line, highlight=False, soft_wrap=isinstance(line, str))
+
+
+def job_of(file: Path, values: list[str]) -> Any:
+    """The job in a file, with --set applied."""
+    from banjoray.config.job import load_job
+
+    return load_job(file, values)

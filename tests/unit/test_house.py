@@ -35,6 +35,7 @@ LAYERS = (
     ("reports",),
     ("quickstart",),
     ("terminal",),
+    ("looking",),
     ("cli",),
 )
 # The one pair on the same step: an engine pads and moves tensors as evaluation does.
