@@ -1,5 +1,6 @@
 """What people see of a search while it goes on: a table that fits a terminal, or a line per epoch in a log."""
 
+import contextlib
 import io
 from pathlib import Path
 
@@ -214,6 +215,14 @@ def test_the_table_is_on_the_terminal_while_a_study_runs_and_wiped_off_at_its_en
     assert "ab12c_00001" in text
     # The last thing that a terminal gets is to erase lines.
     assert "\x1b[2K" in text[text.rindex("ab12c_00001") :]
+
+
+def test_what_libraries_print_goes_where_stdout_was_sent_and_not_between_the_lines_of_the_table() -> None:
+    console, log = terminal(), io.StringIO()
+    with contextlib.redirect_stdout(log), StudyProgress(console, job(), Clock()).shown():
+        print("noise")  # noqa: T201
+    assert log.getvalue() == "noise\n"
+    assert "noise" not in written(console)
 
 
 def test_the_table_of_a_study_that_fails_stays_and_its_error_passes() -> None:
