@@ -167,7 +167,9 @@ class Scorer:
             return RequestError(f"not UTF-8 (byte {error.start + 1})")
         except json.JSONDecodeError as error:
             return RequestError(f"not JSON ({error.msg} at character {error.pos})")
-        if not isinstance(found, Mapping):
+        if not isinstance(found, Mapping | str):
+            return RequestError(f"found {type(found).__name__}; needed an object with columns")
+        if isinstance(found, str):
             return found
         if "inputs" in found:
             return found["inputs"]
