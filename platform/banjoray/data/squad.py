@@ -34,8 +34,8 @@ def flattened(path: str, name: str, columns: Mapping[str, str]) -> "datasets.Dat
         return None
     found: dict[str, list[Any]] = {key: [] for key in ("id", "question", "context", "answers")}
     for where, context, asked in _questions(tree, name):
-        found["id"].append(str(asked.get("id", "")))
         found["question"].append(_part(asked, "question", str, where))
+        found["id"].append(str(asked.get("id", "")))
         found["context"].append(context)
         found["answers"].append(_answers(asked, where))
     text = datasets.Value("string")
@@ -120,7 +120,7 @@ def _part(tree: Any, key: str, kind: type, where: str) -> Any:
 
 def _problem(found: Any, context: str) -> str | None:
     """What is wrong with the answers to a question about ``context``."""
-    if found is None:
+    if found is None or found == {}:
         return None
     if not isinstance(found, dict) or not {"text", "answer_start"} <= found.keys():
         return f"holds {_short(found)}; needed {_SHAPE}"
