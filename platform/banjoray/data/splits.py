@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -84,17 +84,26 @@ class Splits:
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def plain_splits(job: JobConfig, columns: Sequence[str], texts: Sequence[str], token: str | None = None) -> Splits:
+def plain_splits(
+    job: JobConfig,
+    columns: Sequence[str],
+    texts: Sequence[str],
+    token: str | None = None,
+    check: Callable[[Source], None] | None = None,
+) -> Splits:
     """The splits of a job whose rows have no label; ``columns`` and ``texts`` are keys of data.columns.
 
-    Every cell of ``texts`` is text; those of ``columns`` are there, and the task looks at them. The validation rows are
-    cut off train where the source has none. Raises DataError as `sources.read` does.
+    Every cell of ``texts`` is text; those of ``columns`` are there, and ``check``, which is given every source whole,
+    looks at them. The validation rows are cut off train where the source has none. Raises DataError as `sources.read`
+    and ``check`` do.
     """
     named = named_columns(job.data, (*columns, *texts))
     sources = read(job.data, job.hub, named, token)
     for source in sources.values():
         for key in texts:
             check_text(source, named[key])
+        if check is not None:
+            check(source)
     splits = {name: Split(name, source.rows, named) for name, source in sources.items()}
     if "validation" not in splits:
         splits |= _cut_anywhere(splits["train"], job.data.validation_fraction, job.train.seed, sources["train"].name)

