@@ -10,13 +10,27 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from banjoray.config.generation import GenerationConfig
 from banjoray.config.search import SearchConfig
 from banjoray.config.section import Section, known_keys, nearest, validate
 from banjoray.config.train import AdapterConfig, Freeze, ScaleConfig, TrainConfig, clear_freeze
 from banjoray.errors import ConfigError
 
+TaskName = Literal[
+    "text-classification",
+    "question-answering",
+    "summarization",
+    "translation",
+    "text-generation",
+]
 # Of every task, the metric that picks the best checkpoint unless the job names another.
-USUAL_METRICS = {"text-classification": "f1_macro", "question-answering": "f1"}
+USUAL_METRICS = {
+    "text-classification": "f1_macro",
+    "question-answering": "f1",
+    "summarization": "loss",
+    "translation": "loss",
+    "text-generation": "perplexity",
+}
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -43,7 +57,7 @@ class FilesConfig(Section):
 
 
 class ColumnsConfig(Section):
-    """Which column of the data holds what."""
+    """Which column of the data holds what; a dot reaches into a nested column (translation.en)."""
 
     text: str = Field("text", description="The text, or the first text of a pair.")
     text_pair: str | None = Field(None, description="The second text of a pair; null: single texts.")
@@ -52,6 +66,9 @@ class ColumnsConfig(Section):
     context: str = Field("context", description="The text that a question is answered from.")
     answers: str = Field(
         "answers", description='Answers: {"text": [...], "answer_start": [...]}, characters of the context from 0.'
+    )
+    target: str | None = Field(
+        None, description="What should be written: a summary, a translation, the text after a prompt (null: none)."
     )
 
 
@@ -74,9 +91,21 @@ class DataConfig(Section):
         32, ge=0, description="Tokens that two windows of one long row share, where a task cuts windows."
     )
 
+    max_target_length: int = Field(
+        128, ge=2, description="Tokens of a summary or translation; longer ones are cut, and counted in a warning."
+    )
+    prefix: str = Field(
+        "", description="Put before every text that is summarized or translated, as 'summarize: ' (T5)."
+    )
+    src_lang: str | None = Field(
+        None, description="Language of the texts, as the tokenizer names it (en_XX); for mBART, NLLB, M2M100 alone."
+    )
+    tgt_lang: str | None = Field(None, description="Language of the targets, where src_lang is needed.")
+
     def cutting(self) -> dict[str, Any]:
         """The keys that decide how rows become token ids."""
-        return self.model_dump(mode="json", include={"max_length", "stride"})
+        keys = {"max_length", "stride", "max_target_length", "prefix", "src_lang", "tgt_lang"}
+        return self.model_dump(mode="json", include=keys)
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DataConfig":
@@ -129,7 +158,7 @@ class JobConfig(Section):
     """One run, from raw text to a registered version."""
 
     name: str = Field(pattern=NAME, description="Names the run, its folder and, by default, the model.")
-    task: Literal["text-classification", "question-answering"] = Field(description="What the model learns to do.")
+    task: TaskName = Field(description="What the model learns to do.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="What training starts from.")
     data: DataConfig = Field(description="What it learns from.")
     freeze: Freeze = Field(
@@ -140,6 +169,9 @@ class JobConfig(Section):
     )
     train: TrainConfig = Field(default_factory=TrainConfig, description="How the weights are changed.")
     scale: ScaleConfig = Field(default_factory=ScaleConfig, description="On how many workers.")
+    generation: GenerationConfig = Field(
+        default_factory=GenerationConfig, description="How text is written, for the tasks whose answers are texts."
+    )
     cache: CacheConfig = Field(default_factory=CacheConfig, description="What is kept of what never changes.")
     tracking: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
         ("tensorboard",),

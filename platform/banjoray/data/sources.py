@@ -63,9 +63,28 @@ def read(data: DataConfig, hub: HubConfig, columns: Mapping[str, str], token: st
     sources = _read_files(files, columns) if files else _read_hub(data, hub, token)
     if "train" not in sources:
         raise DataError(f"data.source: '{data.source}' has no train split; it has {', '.join(sources) or 'nothing'}")
+    sources = {split: _opened(source, columns) for split, source in sources.items()}
     for source in sources.values():
         check_columns(source, columns)
     return sources
+
+
+def _opened(source: Source, columns: Mapping[str, str]) -> Source:
+    """The source with what is read out of nested columns (``translation.en``) beside them, under the dotted name."""
+    import datasets
+
+    rows = source.rows
+    dotted = {column for column in columns.values() if column not in rows.column_names}
+    outer = [name for name in rows.column_names if any(column.startswith(f"{name}.") for column in dotted)]
+    if not outer:
+        return source
+    # flatten() opens every nested column of a set: these alone are taken out for it.
+    inner = rows.select_columns(outer).flatten()
+    wanted = [name for name in inner.column_names if name in dotted]
+    if not wanted:
+        return source
+    beside = datasets.concatenate_datasets([rows, inner.select_columns(wanted)], axis=1)
+    return Source(beside, source.name)
 
 
 def _shipped(source: str) -> FilesConfig:
@@ -197,12 +216,21 @@ def check_columns(source: Source, columns: Mapping[str, str]) -> None:
     have = source.rows.column_names
     for key, column in columns.items():
         if column not in have:
-            listed = ", ".join(f"'{name}'" for name in have)
+            listed = ", ".join(f"'{name}'" for name in _names(source.rows))
             raise DataError(
                 f"data: column '{column}' not in {source.name}; it has {listed}. Set data.columns.{key}=NAME."
             )
     if len(source.rows) == 0:
         raise DataError(f"data: {source.name} has no rows")
+
+
+def _names(rows: "datasets.Dataset") -> list[str]:
+    """The columns as a job file can name them: of a nested one, what is in it."""
+    found: list[str] = []
+    for name, kind in rows.features.items():
+        nested = isinstance(kind, dict) or type(kind).__name__ == "Translation"
+        found += rows.select_columns([name]).flatten().column_names if nested else [name]
+    return list(dict.fromkeys(found))
 
 
 def check_text(source: Source, column: str) -> None:

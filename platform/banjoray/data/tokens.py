@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,7 +42,7 @@ class Features:
     ``inputs`` maps a model input to its ids, a list per feature; ``rows`` says which row each is of, from 0.
     ``aside`` has a list per feature too, as long as its ids: what reads answers, and is no input. ``targets`` is what
     the model should find, a list per feature; None: the split knows, one per row. ``cut`` counts rows that were longer
-    than there is room for.
+    than there is room for. ``settings`` has what each feature's request asks of its answer; None: nobody asks.
     """
 
     inputs: Mapping[str, Sequence[Sequence[int] | np.ndarray]]
@@ -50,22 +50,28 @@ class Features:
     aside: Mapping[str, Sequence[Sequence[int] | np.ndarray]] = field(default_factory=dict)
     targets: Sequence[Sequence[int]] | None = None
     cut: int = 0
+    settings: Sequence[Hashable] | None = None
 
     def by_row(self) -> "list[list[Feature]]":
         """The features of every row, in their order."""
         found: list[list[Feature]] = [[] for _ in range(max(self.rows, default=-1) + 1)]
         for number, row in enumerate(self.rows):
             inputs = {name: ids[number] for name, ids in self.inputs.items()}
-            found[row].append(Feature(inputs, {name: cells[number] for name, cells in self.aside.items()}))
+            aside = {name: cells[number] for name, cells in self.aside.items()}
+            found[row].append(Feature(inputs, aside, self.settings[number] if self.settings else None))
         return found
 
 
 @dataclass(frozen=True)
 class Feature:
-    """What a model sees at once: its ids by model input, and what stands aside of them, as long as its ids."""
+    """What a model sees at once: its ids by model input, and what stands aside of them, as long as its ids.
+
+    ``settings`` is what its request asks of the answer; features of unlike settings can wait in one batch.
+    """
 
     inputs: Mapping[str, Sequence[int] | np.ndarray] = field(repr=False)
     aside: Mapping[str, Sequence[int] | np.ndarray] = field(repr=False, default_factory=dict)
+    settings: Hashable = None
 
     def __len__(self) -> int:
         return len(self.inputs["input_ids"])

@@ -44,6 +44,9 @@ def read_first_only(model: Any) -> bool:
 
 
 def _after_attention(model: Any) -> Any:
+    if getattr(model.config, "is_encoder_decoder", False):
+        # Its decoder reads every position.
+        return None
     try:
         blocks = find_blocks(model)
     except ModelError:

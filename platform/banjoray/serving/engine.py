@@ -36,7 +36,12 @@ class Engine:
         return self.task.encode(columns, self._tokenizer, self._data).by_row()
 
     def forward(self, features: Sequence[Feature]) -> list[np.ndarray]:
-        """What the task keeps of some features' outputs, in their order; one pass through the model."""
+        """What the task keeps of some features' outputs, in their order; one pass through the model.
+
+        Where answers are texts: what the model writes for each, as its own settings say.
+        """
+        if self.task.generates:
+            return self.task.generate(self._model, features, self._tokenizer)
         inputs = {name: [feature.inputs[name] for feature in features] for name in features[0].inputs}
         tokens = tokens_of([Features(inputs, range(len(features)))])
         batch = to_tensors(padded(tokens, np.arange(len(features)), self._tokenizer.pad_token_id), self._device)
@@ -62,5 +67,5 @@ def load(reference: str, registry: str) -> Engine:
     task = task_for(version.task)
     model, tokenizer = load_trained(folder, task)
     engine = Engine(version, task, model, tokenizer, load_job(folder / "job.yaml"))
-    engine.forward([Feature({"input_ids": [tokenizer.pad_token_id] * 8})])
+    engine.forward([task.probe(tokenizer)])
     return engine

@@ -85,6 +85,10 @@ class Task(Protocol):
     """How many numbers the head of a task without labels gives for a row or token; None: as the base has it."""
     steady: bool = True
     """Whether a row gives the model the same inputs in every epoch, so that a frozen bottom's states can be kept."""
+    generates: bool = False
+    """Whether answers are texts that the model writes: `generate` is called for them, instead of a forward pass."""
+    text_metrics: tuple[str, ...] = ()
+    """Names of the metrics of written texts: they cost a generation of every row, so `score` alone has them."""
 
     def splits(self, job: JobConfig, token: str | None = None) -> Splits:
         """The rows of a job, every cell that is read checked; raises DataError with file, row and reason."""
@@ -93,6 +97,10 @@ class Task(Protocol):
     def encode(self, rows: Mapping[str, Sequence[Any]], tokenizer: Any, data: DataConfig) -> Features:
         """Some rows, column by column, as features."""
         ...
+
+    def check(self, job: JobConfig, tokenizer: Any, config: Any) -> None:
+        """Refuse a base model, by its tokenizer and config, that can't learn this task as the job says."""
+        return
 
     def collate(self, job: JobConfig, tokenizer: Any, config: Any) -> Collate | None:
         """What is done to a batch before the model sees it; None: nothing."""
@@ -113,6 +121,10 @@ class Task(Protocol):
         counts: np.ndarray = np.diff(known[tokens.target_offsets]).astype(np.float32)
         return counts
 
+    def sizes(self, tokens: Tokens) -> np.ndarray:
+        """How many tokens every feature counts for in a batch of an evaluation, (features,) int64."""
+        return tokens.lengths
+
     def kept(self, outputs: Any, inputs: "Mapping[str, Tensor]", targets: "Tensor | None") -> list[np.ndarray]:
         """What scores and answers need of a forward pass, an array per feature, in fp32 on the CPU."""
         return list(outputs.logits.float().cpu().numpy())
@@ -120,6 +132,18 @@ class Task(Protocol):
     def score(self, outputs: Sequence[np.ndarray], tokens: Tokens, rows: Split, labels: Sequence[str]) -> Score:
         """The score of what was kept of every feature of a split, in their order."""
         ...
+
+    def generate(self, model: Any, features: Sequence[Feature], tokenizer: Any) -> list[np.ndarray]:
+        """What the model writes for each feature, as token ids; each as its settings say, whatever it stands beside."""
+        raise TypeError(f"{self.name} writes no text")
+
+    def text_score(self, written: Sequence[np.ndarray], rows: Split, tokenizer: Any) -> dict[str, float]:
+        """`text_metrics` of what `generate` gave for every row of a split."""
+        raise TypeError(f"{self.name} writes no text")
+
+    def probe(self, tokenizer: Any) -> Feature:
+        """What a loaded model is tried with before any request."""
+        return Feature({"input_ids": [tokenizer.pad_token_id] * 8})
 
     def parse(self, inputs: Any, parameters: Mapping[str, Any]) -> Ask:
         """What an HTTP request asks; raises RequestError that says what was wrong with its inputs."""
@@ -133,9 +157,17 @@ class Task(Protocol):
 def task_for(name: str) -> Task:
     """The task of that name."""
     from banjoray.tasks.question_answering import QuestionAnswering
+    from banjoray.tasks.sequence_to_sequence import Summarization, Translation
     from banjoray.tasks.text_classification import TextClassification
+    from banjoray.tasks.text_generation import TextGeneration
 
-    known: tuple[Task, ...] = (TextClassification(), QuestionAnswering())
+    known: tuple[Task, ...] = (
+        TextClassification(),
+        QuestionAnswering(),
+        Summarization(),
+        Translation(),
+        TextGeneration(),
+    )
     tasks = {task.name: task for task in known}
     return tasks[name]
 

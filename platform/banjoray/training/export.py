@@ -6,6 +6,8 @@ from typing import Any
 
 from banjoray.config.job import JobConfig
 from banjoray.errors import TrainingFailed
+from banjoray.tasks.generation import set_generation
+from banjoray.tasks.task import task_for
 from banjoray.training.checkpoints import Checkpoint
 from banjoray.training.learned import Learned, digest, load
 
@@ -42,6 +44,8 @@ def save_model(model: Any, tokenizer: Any, job: JobConfig, folder: Path) -> None
     """A folder that `from_pretrained` reads, with the resolved job beside the weights."""
     import yaml
 
+    if task_for(job.task).generates:
+        set_generation(model, tokenizer, job)
     model.save_pretrained(folder)
     if tokenizer.is_fast:
         # Where it cut rows would be saved with it if it made the tokens, but not if they came from the cache.

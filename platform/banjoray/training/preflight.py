@@ -67,6 +67,7 @@ def prepare(job: JobConfig) -> Ready:
     tokenizer = load_tokenizer(base)
     config = base_config(base, job, splits.labels, tokenizer.pad_token_id)
     _check_length(job, config)
+    task.check(job, tokenizer, config)
     drawing = sketch(config, task, job.model.trust_remote_code)
     trainable, weights = shaped(job, drawing)
     cache = token_cache(job)
@@ -147,7 +148,10 @@ def _check_length(job: JobConfig, config: Any) -> None:
 
 def _cut_warning(job: JobConfig, split: str, tokens: Any) -> str:
     share = tokens.cut / len(tokens)
+    target = f", or their targets than data.max_target_length {job.data.max_target_length}," * (
+        task_for(job.task).generates and job.data.columns.target is not None
+    )
     return (
         f"{split}: {tokens.cut} of {len(tokens)} texts ({share:.1%}) are longer than data.max_length "
-        f"{job.data.max_length} and are cut"
+        f"{job.data.max_length}{target} and are cut"
     )

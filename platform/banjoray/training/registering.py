@@ -12,7 +12,8 @@ from banjoray.training.interface import FitResult
 from banjoray.training.preflight import Ready
 
 # A registered folder, loaded afresh, may differ from the run's own measurement by this much in any metric:
-# another batch shape rounds differently, which can turn a row that sits on the fence.
+# another batch shape rounds differently, which can turn a row that sits on the fence. Above 1 (a perplexity), as a
+# share of it.
 TOLERANCE = 2e-3
 
 
@@ -38,7 +39,7 @@ def gate_and_register(
     def verify(staged: Path) -> dict[str, float]:
         scored = score(staged)
         for metric, value in measured.items():
-            if abs(scored.metrics[metric] - value) > TOLERANCE:
+            if abs(scored.metrics[metric] - value) > TOLERANCE * max(1.0, abs(value)):
                 raise BrokenVersion(
                     f"{staged} scores {metric} {scored.metrics[metric]:.5f} when loaded afresh, the run measured "
                     f"{value:.5f}; not registered"

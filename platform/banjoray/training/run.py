@@ -124,13 +124,14 @@ def _identity(written: JobConfig, ready: Ready) -> str:
 def score(reference: str, split: str = "test", registry: str = "./registry") -> ScoreResult:
     """Load a registered version afresh and compute its score on a split of the data it was trained on.
 
+    Of a task whose answers are texts, it writes one for every row, and the score has the metrics of these too.
     Raises RegistryError, BrokenVersion, DataError.
     """
     store = Registry(registry)
     version = store.resolve(reference)
     folder = store.fetch(version)
     job = load_job(folder / "job.yaml")
-    found, fingerprint = score_folder(folder, job, split)
+    found, fingerprint = score_folder(folder, job, split, texts=True)
     return ScoreResult(str(version), split, found, fingerprint == version.lineage["data"])
 
 

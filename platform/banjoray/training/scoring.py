@@ -1,7 +1,7 @@
 """A model and tokens in, outputs row by row: evaluation during a run, and `score` afterwards."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +19,11 @@ from banjoray.tasks.task import Collate, Score, Task, task_for
 EVALUATION_TOKENS = 8192
 
 
-def score_folder(folder: Path, job: JobConfig, split: str) -> tuple[Score, str]:
+def score_folder(folder: Path, job: JobConfig, split: str, texts: bool = False) -> tuple[Score, str]:
     """The score of a trained folder, loaded afresh in fp32, on a split of the job's data; and the data's fingerprint.
 
-    Raises DataError: no such split, or rows that can't be read any more.
+    With ``texts``, of a task whose answers are texts, the model also writes one for every row, as it would over HTTP,
+    and the score has the task's `text_metrics` too. Raises DataError: no such split, rows that can't be read any more.
     """
     token = use_hub(job.hub)
     quiet_libraries()
@@ -35,7 +36,11 @@ def score_folder(folder: Path, job: JobConfig, split: str) -> tuple[Score, str]:
     tokens = cached_tokens(rows, task, tokenizer, job.data, token_cache(job))
     device = torch.device("cuda" if torch.cuda.is_available() and job.scale.gpus_per_worker else "cpu")
     feed = Feed(tokens, tokenizer.pad_token_id, device, collate=task.collate(job, tokenizer, model.config))
-    return task.score(outputs(model.to(device), feed, task), tokens, rows, labels), splits.fingerprint()
+    score = task.score(outputs(model.to(device), feed, task), tokens, rows, labels)
+    if texts and task.text_metrics:
+        written = task.generate(model, [tokens.feature(number) for number in range(len(tokens))], tokenizer)
+        score = replace(score, metrics=score.metrics | task.text_score(written, rows, tokenizer))
+    return score, splits.fingerprint()
 
 
 def to_tensors(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
@@ -80,7 +85,7 @@ def outputs(model: Callable[..., Any], feed: Feed, task: Task, share: tuple[int,
     same number of forward passes, as sharded parameters need.
     """
     rank, workers = share
-    batches = sorted_batches(feed.tokens.lengths, EVALUATION_TOKENS)
+    batches = sorted_batches(task.sizes(feed.tokens), EVALUATION_TOKENS)
     mine = batches[rank::workers]
     passes = -(-len(batches) // workers)
     parts: list[tuple[np.ndarray, list[np.ndarray]]] = []

@@ -1,0 +1,242 @@
+"""Text generation: a model that learns to go on with texts, or to answer prompts, one token after another.
+
+``loss`` and ``perplexity`` are per token, over every token that has to be found: of texts all but the first, of prompts
+with a target those of the target and the token that ends it. No metric needs what the model writes by itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from banjoray.config.job import DataConfig, JobConfig
+from banjoray.data.splits import Split, Splits, named_columns, plain_splits
+from banjoray.data.tokens import IGNORED, Feature, Features, Tokens
+from banjoray.errors import ConfigError, RequestError
+from banjoray.tasks.generation import write
+from banjoray.tasks.settings import MOST_NEW_TOKENS, WRITING, Settings, read_asked, settled, switch
+from banjoray.tasks.task import Ask, Score, Seen, Task, only_known, text_of, whole_number
+from banjoray.tasks.token_loss import WIDE, token_losses, token_metrics, token_sums
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# max_length and min_length would count the prompt, with whatever padding stands beside it.
+_WRITING = tuple(name for name in WRITING if name not in ("max_length", "min_length"))
+_PARAMETERS = (*_WRITING, "return_full_text", "stop", "stop_sequences", "details", "truncate", "stream")
+# Texts that end a request's writing: as many as text-generation-inference takes.
+MOST_STOPS = 4
+
+
+class TextGeneration(Task):
+    """Texts that go on, by ``AutoModelForCausalLM``; rows are data.columns.text, and data.columns.target if named."""
+
+    name = "text-generation"
+    auto_model = "AutoModelForCausalLM"
+    metrics: tuple[str, ...] = ("loss", "perplexity")
+    generates = True
+
+    def splits(self, job: JobConfig, token: str | None = None) -> Splits:
+        """Texts to go on with, or prompts and what should follow."""
+        return plain_splits(job, (), tuple(named_columns(job.data, ("text", "target"))), token)
+
+    def check(self, job: JobConfig, tokenizer: Any, config: Any) -> None:
+        """Refuse a model that reads what comes after a token, which would find it by looking."""
+        from transformers.models.auto import modeling_auto as known
+
+        kind, own = config.model_type, getattr(config, "auto_map", None) or {}
+        masked = kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+        decoder = kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or self.auto_model in own
+        if config.is_encoder_decoder or masked or not decoder:
+            raise ConfigError(
+                f"model.base: {job.model.base} is of kind {kind}, which does not go on with a text from left "
+                f"to right; {self.name} needs a decoder such as GPT-2, Llama, Qwen or Mistral"
+            )
+
+    def encode(self, rows: Mapping[str, Sequence[Any]], tokenizer: Any, data: DataConfig) -> Features:
+        """Texts as blocks of data.max_length tokens, each token's target being the next one, across blocks too.
+
+        With targets, a feature per row: prompt, target and end, of which prompt tokens are no targets; too long, it
+        loses the start of its prompt, then the end of its target. Rows that a request asks for carry ``settings``: a
+        feature per row, its last data.max_length tokens.
+        """
+        if "settings" in rows:
+            return _prompts(rows["text"], rows["settings"], tokenizer, data)
+        ids = _ids(rows["text"], tokenizer)
+        if "target" in rows:
+            return _answered(ids, _ids(rows["target"], tokenizer, first=False), tokenizer, data)
+        blocks: list[list[int]] = []
+        targets: list[list[int]] = []
+        numbers: list[int] = []
+        end = _end(tokenizer)
+        for row, text in enumerate(ids):
+            read, following = _shifted(text + end, 1)
+            for start in range(0, len(read), data.max_length):
+                blocks.append(read[start : start + data.max_length])
+                targets.append(following[start : start + data.max_length])
+                numbers.append(row)
+        return Features({"input_ids": blocks}, numbers, targets=targets)
+
+    def losses(self, outputs: Any, targets: "Tensor", smoothing: float) -> "Tensor":
+        """The mean cross-entropy of every feature's targets."""
+        return token_losses(outputs.logits, targets, smoothing)
+
+    def sizes(self, tokens: Tokens) -> np.ndarray:
+        """The tokens, for the width of the logits."""
+        return tokens.lengths * WIDE
+
+    def kept(self, outputs: Any, inputs: "Mapping[str, Tensor]", targets: "Tensor | None") -> list[np.ndarray]:
+        """Of every feature (2,): the summed cross-entropy of its targets, and how many they are."""
+        assert targets is not None
+        return token_sums(outputs.logits, targets)
+
+    def score(self, outputs: Sequence[np.ndarray], tokens: Tokens, rows: Split, labels: Sequence[str]) -> Score:
+        """Cross-entropy per token, and perplexity."""
+        return Score(token_metrics(outputs))
+
+    def generate(self, model: Any, features: Sequence[Feature], tokenizer: Any) -> list[np.ndarray]:
+        """The tokens that follow every feature, the one that ends them too, and their log-probabilities if wanted."""
+        return write(model, features, tokenizer)
+
+    def probe(self, tokenizer: Any) -> Feature:
+        """A prompt that one token is written for."""
+        return Feature({"input_ids": [tokenizer.pad_token_id] * 8}, settings=Settings((("max_new_tokens", 1),)))
+
+    def parse(self, inputs: Any, parameters: Mapping[str, Any]) -> Ask:
+        """A prompt or a list of prompts, with the parameters of text-generation-inference that have a meaning here."""
+        prompts = inputs if isinstance(inputs, list) else [inputs]
+        if not prompts:
+            raise RequestError("inputs: an empty list; needed a prompt or a list of prompts")
+        only_known(parameters, _PARAMETERS, self.name)
+        if switch(parameters, "stream", False):
+            raise RequestError("stream: found true; this endpoint sends whole answers, leave it out")
+        switch(parameters, "return_full_text", False)
+        asked = read_asked(parameters, _WRITING, "parameters")
+        settings = settled(
+            asked,
+            stop=_stops(parameters),
+            logprobs=switch(parameters, "details", False),
+            truncate=whole_number(parameters, "truncate", MOST_NEW_TOKENS),
+        )
+        rows = [
+            {"text": text_of(text, f"inputs[{number}]" if prompts is inputs else "inputs"), "settings": settings}
+            for number, text in enumerate(prompts)
+        ]
+        return Ask(rows, parameters, prompts is not inputs)
+
+    def answer(self, ask: Ask, seen: Sequence[Seen], labels: Sequence[str], tokenizer: Any) -> Any:
+        """A list with an object per prompt, also for a single one; what was written alone, unless asked otherwise."""
+        full = switch(ask.parameters, "return_full_text", False)
+        answers: list[dict[str, Any]] = []
+        for row, asked in zip(seen, ask.rows, strict=True):
+            found = row.outputs[0]
+            ids = (found[0] if found.ndim == 2 else found).astype(np.int64)
+            text = asked["text"] * full + tokenizer.decode(ids, skip_special_tokens=True)
+            answers.append({"generated_text": text})
+            if found.ndim == 2:
+                answers[-1]["details"] = _details(ids, found[1], asked["settings"], tokenizer)
+        return answers
+
+
+def _stops(parameters: Mapping[str, Any]) -> tuple[str, ...]:
+    """The texts that end the writing; old clients call them stop_sequences."""
+    key = "stop" if parameters.get("stop") is not None else "stop_sequences"
+    found = parameters.get(key)
+    found = [found] if isinstance(found, str) else found or []
+    if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
+        raise RequestError(f"parameters.{key}: found {found!r}; needed a list of texts, none of them empty")
+    if len(found) > MOST_STOPS:
+        raise RequestError(f"parameters.{key}: found {len(found)} texts; needed at most {MOST_STOPS}")
+    return tuple(found)
+
+
+def _ids(texts: Sequence[str], tokenizer: Any, first: bool = True) -> list[list[int]]:
+    """The ids of texts that go on: what the tokenizer puts before them, but not what it puts after them.
+
+    ``first`` false: of texts that follow others, without what stands before.
+    """
+    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=first)["input_ids"]
+    if not first:
+        return found
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+    found = [ids[:-1] if ids and ids[-1] in ends else ids for ids in found]
+    # Of a text that has no token (letters that a normalizer drops), its end is read: a model can't start from nothing.
+    return [ids or [tokenizer.pad_token_id] for ids in found]
+
+
+def _end(tokenizer: Any) -> list[int]:
+    """What ends a text, so that a model learns to end; nothing where the tokenizer has no such token."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _shifted(whole: list[int], known: int) -> tuple[list[int], list[int]]:
+    """What a model reads of some ids, and what it has to find after each; the first ``known`` ids are not asked for."""
+    if len(whole) == 1:
+        return whole, [IGNORED]
+    return whole[:-1], [*[IGNORED] * (known - 1), *whole[known:]]
+
+
+def _answered(prompts: Sequence[list[int]], answers: Sequence[list[int]], tokenizer: Any, data: DataConfig) -> Features:
+    """A feature per prompt and answer; the targets are the answer's tokens and its end."""
+    ids: list[list[int]] = []
+    targets: list[list[int]] = []
+    cut = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        target = answer + _end(tokenizer)
+        # The last token is a target alone: the model does not read it.
+        spare = len(prompt) + len(target) - (data.max_length + 1)
+        cut += spare > 0
+        # One token of the prompt stays: the first of the target is found from it.
+        begin = prompt[min(max(0, spare), len(prompt) - 1) :]
+        read, following = _shifted((begin + target)[: data.max_length + 1], len(begin))
+        ids.append(read)
+        targets.append(following)
+    return Features({"input_ids": ids}, range(len(ids)), targets=targets, cut=cut)
+
+
+def _prompts(texts: Sequence[str], settings: Sequence[Settings], tokenizer: Any, data: DataConfig) -> Features:
+    """A feature per prompt, its last tokens if it is too long."""
+    found = []
+    for ids, asked in zip(_ids(texts, tokenizer), settings, strict=True):
+        found.append(ids[-min(asked.truncate or data.max_length, data.max_length) :])
+    return Features({"input_ids": found}, range(len(found)), settings=settings)
+
+
+def _details(ids: np.ndarray, logprobs: np.ndarray, settings: Settings, tokenizer: Any) -> dict[str, Any]:
+    """How a text came about, token by token, in the words of text-generation-inference."""
+    special = set(tokenizer.all_special_ids)
+    whole = tokenizer.decode(ids)
+    reason = "length"
+    if any(text in whole for text in settings.stop):
+        reason = "stop_sequence"
+    elif int(ids[-1]) in special:
+        reason = "eos_token"
+    tokens = [
+        {"id": int(number), "text": text, "logprob": float(logprob), "special": int(number) in special}
+        for number, logprob, text in zip(ids, logprobs, _pieces(ids, special, tokenizer), strict=True)
+    ]
+    return {
+        "finish_reason": reason,
+        "generated_tokens": len(ids),
+        "seed": settings.seed,
+        "prefill": [],
+        "tokens": tokens,
+    }
+
+
+def _pieces(ids: np.ndarray, special: set[int], tokenizer: Any) -> list[str]:
+    """The text of every token; those that are not special give the whole text one after the other.
+
+    A letter that several tokens make up stands with the last of them.
+    """
+    pieces: list[str] = []
+    told = ""
+    for place, number in enumerate(ids):
+        if int(number) in special:
+            pieces.append(str(tokenizer.convert_ids_to_tokens(int(number))))
+            continue
+        text = tokenizer.decode(ids[: place + 1], skip_special_tokens=True)
+        half = text.endswith("\ufffd") and place + 1 < len(ids)
+        pieces.append("" if half else text[len(told) :])
+        told = told if half else text
+    return pieces
