@@ -16,7 +16,7 @@ from banjoray.config.train import AdapterConfig, Freeze, ScaleConfig, TrainConfi
 from banjoray.errors import ConfigError
 
 # Of every task, the metric that picks the best checkpoint unless the job names another.
-USUAL_METRICS = {"text-classification": "f1_macro"}
+USUAL_METRICS = {"text-classification": "f1_macro", "zero-shot-classification": "accuracy"}
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -121,7 +121,7 @@ class JobConfig(Section):
     """One run, from raw text to a registered version."""
 
     name: str = Field(pattern=NAME, description="Names the run, its folder and, by default, the model.")
-    task: Literal["text-classification"] = Field(description="What the model learns to do.")
+    task: Literal["text-classification", "zero-shot-classification"] = Field(description="What the model learns to do.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="What training starts from.")
     data: DataConfig = Field(description="What it learns from.")
     freeze: Freeze = Field(

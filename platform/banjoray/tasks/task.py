@@ -131,8 +131,9 @@ class Task(Protocol):
 def task_for(name: str) -> Task:
     """The task of that name."""
     from banjoray.tasks.text_classification import TextClassification
+    from banjoray.tasks.zero_shot import ZeroShot
 
-    tasks: dict[str, Task] = {TextClassification.name: TextClassification()}
+    tasks: dict[str, Task] = {task.name: task for task in (TextClassification(), ZeroShot())}
     return tasks[name]
 
 
@@ -169,6 +170,16 @@ def whole_number(parameters: Mapping[str, Any], key: str, usual: int, least: int
         return usual
     if not isinstance(found, int) or isinstance(found, bool) or found < least:
         raise RequestError(f"parameters.{key}: found {found!r}; needed a whole number >= {least}")
+    return found
+
+
+def true_or_false(parameters: Mapping[str, Any], key: str, usual: bool) -> bool:
+    """A parameter that is true or false; ``usual`` where it is absent or null."""
+    found = parameters.get(key)
+    if found is None:
+        return usual
+    if not isinstance(found, bool):
+        raise RequestError(f"parameters.{key}: found {found!r}; needed true or false")
     return found
 
 
