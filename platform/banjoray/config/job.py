@@ -22,6 +22,7 @@ TaskName = Literal[
     "summarization",
     "translation",
     "text-generation",
+    "zero-shot-classification",
 ]
 # Of every task, the metric that picks the best checkpoint unless the job names another.
 USUAL_METRICS = {
@@ -30,6 +31,7 @@ USUAL_METRICS = {
     "summarization": "loss",
     "translation": "loss",
     "text-generation": "perplexity",
+    "zero-shot-classification": "accuracy",
 }
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 

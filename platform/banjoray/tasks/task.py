@@ -160,6 +160,7 @@ def task_for(name: str) -> Task:
     from banjoray.tasks.sequence_to_sequence import Summarization, Translation
     from banjoray.tasks.text_classification import TextClassification
     from banjoray.tasks.text_generation import TextGeneration
+    from banjoray.tasks.zero_shot import ZeroShot
 
     known: tuple[Task, ...] = (
         TextClassification(),
@@ -167,6 +168,7 @@ def task_for(name: str) -> Task:
         Summarization(),
         Translation(),
         TextGeneration(),
+        ZeroShot(),
     )
     tasks = {task.name: task for task in known}
     return tasks[name]
@@ -205,6 +207,16 @@ def whole_number(parameters: Mapping[str, Any], key: str, usual: int, least: int
         return usual
     if not isinstance(found, int) or isinstance(found, bool) or found < least:
         raise RequestError(f"parameters.{key}: found {found!r}; needed a whole number >= {least}")
+    return found
+
+
+def true_or_false(parameters: Mapping[str, Any], key: str, usual: bool) -> bool:
+    """A parameter that is true or false; ``usual`` where it is absent or null."""
+    found = parameters.get(key)
+    if found is None:
+        return usual
+    if not isinstance(found, bool):
+        raise RequestError(f"parameters.{key}: found {found!r}; needed true or false")
     return found
 
 
