@@ -13,7 +13,7 @@ from banjoray.data.tokens import IGNORED, Feature, Features, Tokens
 from banjoray.data.windows import LENGTH, QUESTION, STRIDE, context_windows
 from banjoray.errors import RequestError
 from banjoray.tasks.spans import Span, Wanted, Window, best_spans, exact_match, f1
-from banjoray.tasks.task import Ask, Score, Seen, Task, log_softmax, only_known, text_of, whole_number
+from banjoray.tasks.task import Ask, Score, Seen, Task, log_softmax, only_known, text_of, true_or_false, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,8 +121,8 @@ class QuestionAnswering(Task):
         """
         count = whole_number(ask.parameters, "top_k", 1)
         longest = whole_number(ask.parameters, "max_answer_len", ANSWERED_TOKENS)
-        nothing = _flag(ask.parameters, "handle_impossible_answer", False)
-        wanted = Wanted(longest, nothing, _flag(ask.parameters, "align_to_words", True))
+        nothing = true_or_false(ask.parameters, "handle_impossible_answer", False)
+        wanted = Wanted(longest, nothing, true_or_false(ask.parameters, "align_to_words", True))
         answers: list[Any] = []
         for row, found in zip(ask.rows, seen, strict=True):
             spans = best_spans(_windows(found.features, found.outputs), row["context"], wanted, count)
@@ -165,11 +165,3 @@ def _row(found: Any, where: str) -> dict[str, Any]:
     if set(found) != {"question", "context"}:
         raise RequestError(f"{where}: found keys {sorted(map(str, found))}; needed question and context")
     return {key: text_of(found[key], f"{where}.{key}") for key in ("question", "context")}
-
-
-def _flag(parameters: Mapping[str, Any], key: str, usual: bool) -> bool:
-    """A parameter that is true or false; ``usual`` where it is absent or null."""
-    found = parameters.get(key)
-    if not isinstance(found, bool | None):
-        raise RequestError(f"parameters.{key}: found {found!r}; needed true or false")
-    return usual if found is None else found
