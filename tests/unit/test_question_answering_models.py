@@ -161,6 +161,18 @@ def test_what_can_be_learned_is_learned(tmp_path: Path, lively_model: Callable[.
     assert after["loss"] < before["loss"] / 3
 
 
+def test_training_from_the_kept_states_of_a_frozen_bottom_is_training_from_the_words(tmp_path: Path) -> None:
+    model = base(tmp_path / "base", "bert")
+    losses = []
+    for kept in ("always", "never"):
+        changes = {"freeze": {"layers": 2}, "cache__prefix": kept, "train__adam_epsilon": 1e-5}
+        job = job_of(tmp_path / kept, model, rows(24, 1), rows(12, 2), **changes)
+        ready = prepare(job)
+        result = fit(job, ready.rows, ready.task, ready.start, f"{job.storage}/run", Callbacks())
+        losses.append(result.checkpoint.metrics)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_a_head_that_gives_every_token_the_same_is_not_taken_for_one_that_reads_the_first() -> None:
     from transformers import AutoConfig, AutoModelForQuestionAnswering
 
