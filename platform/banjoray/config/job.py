@@ -12,11 +12,11 @@ from pydantic import Field, field_validator, model_validator
 
 from banjoray.config.search import SearchConfig
 from banjoray.config.section import Section, known_keys, nearest, validate
-from banjoray.config.train import AdapterConfig, Freeze, ScaleConfig, TrainConfig, clear_freeze
+from banjoray.config.train import MINIMISED, AdapterConfig, Freeze, ScaleConfig, TrainConfig, clear_freeze
 from banjoray.errors import ConfigError
 
 # Of every task, the metric that picks the best checkpoint unless the job names another.
-USUAL_METRICS = {"text-classification": "f1_macro"}
+USUAL_METRICS = {"text-classification": "f1_macro", "fill-mask": "perplexity"}
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -79,10 +79,26 @@ class DataConfig(Section):
 
 
 class GateConfig(Section):
-    """The score below which a model is not registered."""
+    """The score that a model needs to be registered."""
 
     metric: str = Field("auto", description="The validation metric that is looked at; auto: the task's usual one.")
     at_least: float = Field(0.0, description="The lowest score that passes.")
+    at_most: float | None = Field(
+        None, description="The highest score that passes, of a metric of which less is better; null: any."
+    )
+
+    @model_validator(mode="after")
+    def _on_the_side_that_is_better(self) -> "GateConfig":
+        less = self.metric in MINIMISED
+        if less and self.at_least:
+            raise ValueError(
+                f"at_least: found {self.at_least:g} with metric {self.metric}, of which less is better; set at_most"
+            )
+        if not less and self.at_most is not None and self.metric != "auto":
+            raise ValueError(
+                f"at_most: found {self.at_most:g} with metric {self.metric}, of which more is better; set at_least"
+            )
+        return self
 
 
 class RegistryConfig(Section):
@@ -121,7 +137,7 @@ class JobConfig(Section):
     """One run, from raw text to a registered version."""
 
     name: str = Field(pattern=NAME, description="Names the run, its folder and, by default, the model.")
-    task: Literal["text-classification"] = Field(description="What the model learns to do.")
+    task: Literal["text-classification", "fill-mask"] = Field(description="What the model learns to do.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="What training starts from.")
     data: DataConfig = Field(description="What it learns from.")
     freeze: Freeze = Field(

@@ -82,7 +82,12 @@ class Task(Protocol):
     weighted: bool = False
     """Whether each row has one label, so that rows can be weighted by it and confused."""
     steady: bool = True
-    """Whether a row gives the model the same inputs in every epoch, so that a frozen bottom's states can be kept."""
+    """Whether a row gives the model the same inputs in every epoch, those that `encode` made.
+
+    So a frozen bottom's states can be kept, and of the word table only the words in use have to be trained.
+    """
+    evaluation_tokens: int = 8192
+    """Rows x longest of one forward pass of evaluation; fewer where a model gives much for every token."""
 
     def splits(self, job: JobConfig, token: str | None = None) -> Splits:
         """The rows of a job, every cell that is read checked; raises DataError with file, row and reason."""
@@ -93,8 +98,15 @@ class Task(Protocol):
         ...
 
     def collate(self, job: JobConfig, tokenizer: Any, config: Any) -> Collate | None:
-        """What is done to a batch before the model sees it; None: nothing."""
+        """What is done to a batch before the model sees it; None: nothing.
+
+        Raises ModelError: a tokenizer or a model (by its ``config``) that the task can't use.
+        """
         return None
+
+    def for_tokenizer(self, tokenizer: Any) -> "Task":
+        """The task, knowing of the tokens of the model that answers; itself, where `kept` needs to know nothing."""
+        return self
 
     def losses(self, outputs: Any, targets: "Tensor", smoothing: float) -> "Tensor":
         """The loss of every feature (features,), fp32, of a model's outputs against ``targets``, in nats.
@@ -103,7 +115,7 @@ class Task(Protocol):
         """
         ...
 
-    def weights(self, tokens: Tokens) -> np.ndarray:
+    def weights(self, tokens: Tokens, job: JobConfig) -> np.ndarray:
         """What every feature counts in a batch's mean, (features,) fp32: one, or how many targets it has."""
         if tokens.target_offsets is None:
             return np.ones(len(tokens), dtype=np.float32)
@@ -130,9 +142,10 @@ class Task(Protocol):
 
 def task_for(name: str) -> Task:
     """The task of that name."""
+    from banjoray.tasks.fill_mask import FillMask
     from banjoray.tasks.text_classification import TextClassification
 
-    tasks: dict[str, Task] = {TextClassification.name: TextClassification()}
+    tasks: dict[str, Task] = {TextClassification.name: TextClassification(), FillMask.name: FillMask()}
     return tasks[name]
 
 

@@ -80,7 +80,7 @@ def outputs(model: Callable[..., Any], feed: Feed, task: Task, share: tuple[int,
     same number of forward passes, as sharded parameters need.
     """
     rank, workers = share
-    batches = sorted_batches(feed.tokens.lengths, EVALUATION_TOKENS)
+    batches = sorted_batches(feed.tokens.lengths, min(EVALUATION_TOKENS, task.evaluation_tokens))
     mine = batches[rank::workers]
     passes = -(-len(batches) // workers)
     parts: list[tuple[np.ndarray, list[np.ndarray]]] = []
