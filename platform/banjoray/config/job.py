@@ -13,11 +13,12 @@ from pydantic import Field, field_validator, model_validator
 from banjoray.config.generation import GenerationConfig
 from banjoray.config.search import SearchConfig
 from banjoray.config.section import Section, known_keys, nearest, validate
-from banjoray.config.train import AdapterConfig, Freeze, ScaleConfig, TrainConfig, clear_freeze
+from banjoray.config.train import MINIMISED, AdapterConfig, Freeze, ScaleConfig, TrainConfig, clear_freeze
 from banjoray.errors import ConfigError
 
 TaskName = Literal[
     "text-classification",
+    "fill-mask",
     "question-answering",
     "summarization",
     "translation",
@@ -27,6 +28,7 @@ TaskName = Literal[
 # Of every task, the metric that picks the best checkpoint unless the job names another.
 USUAL_METRICS = {
     "text-classification": "f1_macro",
+    "fill-mask": "perplexity",
     "question-answering": "f1",
     "summarization": "loss",
     "translation": "loss",
@@ -118,10 +120,26 @@ class DataConfig(Section):
 
 
 class GateConfig(Section):
-    """The score below which a model is not registered."""
+    """The score that a model needs to be registered."""
 
     metric: str = Field("auto", description="The validation metric that is looked at; auto: the task's usual one.")
     at_least: float = Field(0.0, description="The lowest score that passes.")
+    at_most: float | None = Field(
+        None, description="The highest score that passes, of a metric of which less is better; null: any."
+    )
+
+    @model_validator(mode="after")
+    def _on_the_side_that_is_better(self) -> "GateConfig":
+        less = self.metric in MINIMISED
+        if less and self.at_least:
+            raise ValueError(
+                f"at_least: found {self.at_least:g} with metric {self.metric}, of which less is better; set at_most"
+            )
+        if not less and self.at_most is not None and self.metric != "auto":
+            raise ValueError(
+                f"at_most: found {self.at_most:g} with metric {self.metric}, of which more is better; set at_least"
+            )
+        return self
 
 
 class RegistryConfig(Section):

@@ -66,6 +66,6 @@ def load(reference: str, registry: str) -> Engine:
     folder = store.fetch(version)
     task = task_for(version.task)
     model, tokenizer = load_trained(folder, task)
-    engine = Engine(version, task, model, tokenizer, load_job(folder / "job.yaml"))
+    engine = Engine(version, task.for_tokenizer(tokenizer), model, tokenizer, load_job(folder / "job.yaml"))
     engine.forward([task.probe(tokenizer)])
     return engine

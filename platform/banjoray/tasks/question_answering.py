@@ -62,7 +62,7 @@ class QuestionAnswering(Task):
             losses = (1 - smoothing) * losses + smoothing * spread.masked_fill(wanted == IGNORED, 0)
         return losses.mean(dim=1)
 
-    def weights(self, tokens: Tokens) -> np.ndarray:
+    def weights(self, tokens: Tokens, job: JobConfig) -> np.ndarray:
         """One per window; 0 where the tokenizer drops the answer."""
         weights: np.ndarray = (_targets(tokens)[:, 0] != IGNORED).astype(np.float32)
         return weights

@@ -84,7 +84,10 @@ class Task(Protocol):
     outputs: int | None = None
     """How many numbers the head of a task without labels gives for a row or token; None: as the base has it."""
     steady: bool = True
-    """Whether a row gives the model the same inputs in every epoch, so that a frozen bottom's states can be kept."""
+    """Whether a row gives the model the same inputs in every epoch, those that `encode` made.
+
+    So a frozen bottom's states can be kept, and of the word table only the words in use have to be trained.
+    """
     generates: bool = False
     """Whether answers are texts that the model writes: `generate` is called for them, instead of a forward pass."""
     text_metrics: tuple[str, ...] = ()
@@ -103,8 +106,15 @@ class Task(Protocol):
         return
 
     def collate(self, job: JobConfig, tokenizer: Any, config: Any) -> Collate | None:
-        """What is done to a batch before the model sees it; None: nothing."""
+        """What is done to a batch before the model sees it; None: nothing.
+
+        Raises ModelError: a tokenizer or a model (by its ``config``) that the task can't use.
+        """
         return None
+
+    def for_tokenizer(self, tokenizer: Any) -> "Task":
+        """The task, knowing of the tokens of the model that answers; itself, where `kept` needs to know nothing."""
+        return self
 
     def losses(self, outputs: Any, targets: "Tensor", smoothing: float) -> "Tensor":
         """The loss of every feature (features,), fp32, of a model's outputs against ``targets``, in nats.
@@ -113,7 +123,7 @@ class Task(Protocol):
         """
         ...
 
-    def weights(self, tokens: Tokens) -> np.ndarray:
+    def weights(self, tokens: Tokens, job: JobConfig) -> np.ndarray:
         """What every feature counts in a batch's mean, (features,) fp32: one, or how many targets it has."""
         if tokens.target_offsets is None:
             return np.ones(len(tokens), dtype=np.float32)
@@ -156,6 +166,7 @@ class Task(Protocol):
 
 def task_for(name: str) -> Task:
     """The task of that name."""
+    from banjoray.tasks.fill_mask import FillMask
     from banjoray.tasks.question_answering import QuestionAnswering
     from banjoray.tasks.sequence_to_sequence import Summarization, Translation
     from banjoray.tasks.text_classification import TextClassification
@@ -164,6 +175,7 @@ def task_for(name: str) -> Task:
 
     known: tuple[Task, ...] = (
         TextClassification(),
+        FillMask(),
         QuestionAnswering(),
         Summarization(),
         Translation(),

@@ -66,6 +66,8 @@ def prepare(job: JobConfig) -> Ready:
     base = find_base(job.model, job.hub)
     tokenizer = load_tokenizer(base)
     config = base_config(base, job, splits.labels, tokenizer.pad_token_id)
+    # Here for its refusals; every worker makes its own.
+    task.collate(job, tokenizer, config)
     _check_length(job, config)
     task.check(job, tokenizer, config)
     drawing = sketch(config, task, job.model.trust_remote_code)
@@ -76,7 +78,8 @@ def prepare(job: JobConfig) -> Ready:
     row_weights(job, task, train, splits.labels)
     if job.train.checkpoint_budget_gib:
         # As the loop does: checkpoints hold the words in use alone.
-        narrow(drawing, (part.streams["input_ids"] for part in (train, validation)))
+        if task.steady:
+            narrow(drawing, (part.streams["input_ids"] for part in (train, validation)))
         check_budget(job, count_weights(drawing)[0])
 
     def model() -> Any:
