@@ -16,7 +16,7 @@ from banjoray.config.train import AdapterConfig, Freeze, ScaleConfig, TrainConfi
 from banjoray.errors import ConfigError
 
 # Of every task, the metric that picks the best checkpoint unless the job names another.
-USUAL_METRICS = {"text-classification": "f1_macro"}
+USUAL_METRICS = {"text-classification": "f1_macro", "token-classification": "f1"}
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -35,7 +35,7 @@ class ModelConfig(Section):
 
 
 class FilesConfig(Section):
-    """One file per split: csv, tsv, json, jsonl, parquet or txt, a local path or an fsspec URL."""
+    """One file per split: csv, tsv, json, jsonl, parquet, txt or conll (iob, bio), a local path or an fsspec URL."""
 
     train: str = Field(description="Rows to learn from.")
     validation: str | None = Field(None, description="Rows that choose the best checkpoint; null: cut from train.")
@@ -48,6 +48,11 @@ class ColumnsConfig(Section):
     text: str = Field("text", description="The text, or the first text of a pair.")
     text_pair: str | None = Field(None, description="The second text of a pair; null: single texts.")
     label: str = Field("label", description="The label, a name or a number.")
+    tokens: str = Field("tokens", description="The words of a text, a list.")
+    tags: str = Field("tags", description="The tag of every word, a list of names or numbers.")
+    spans: str | None = Field(
+        None, description="Named spans of the text, a list of {start, end, label} in characters; null: tokens and tags."
+    )
 
 
 class DataConfig(Section):
@@ -65,10 +70,13 @@ class DataConfig(Section):
         0.1, gt=0, lt=1, description="Share of train cut off, stratified and seeded, where no validation split exists."
     )
     max_length: int = Field(128, ge=4, description="Tokens per row; longer rows are cut, and counted in a warning.")
+    stride: int = Field(
+        32, ge=0, description="Tokens that two windows of one long row share, where a task cuts windows."
+    )
 
     def cutting(self) -> dict[str, Any]:
         """The keys that decide how rows become token ids."""
-        return self.model_dump(mode="json", include={"max_length"})
+        return self.model_dump(mode="json", include={"max_length", "stride"})
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DataConfig":
@@ -121,7 +129,7 @@ class JobConfig(Section):
     """One run, from raw text to a registered version."""
 
     name: str = Field(pattern=NAME, description="Names the run, its folder and, by default, the model.")
-    task: Literal["text-classification"] = Field(description="What the model learns to do.")
+    task: Literal["text-classification", "token-classification"] = Field(description="What the model learns to do.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="What training starts from.")
     data: DataConfig = Field(description="What it learns from.")
     freeze: Freeze = Field(

@@ -29,6 +29,9 @@ _READERS = {
     ".jsonl": "json",
     ".parquet": "parquet",
     ".txt": "text",
+    ".conll": "conll",
+    ".iob": "conll",
+    ".bio": "conll",
 }
 
 
@@ -90,6 +93,10 @@ def _read_file(path: str, columns: Mapping[str, str], split: str) -> Source:
     if suffix not in _READERS:
         raise DataError(f"data.files.{split}: '{path}' is of no known kind; needed one of {' '.join(sorted(_READERS))}")
     _check_there(path, split)
+    if _READERS[suffix] == "conll":
+        from banjoray.data.conll import read_conll
+
+        return read_conll(path, name, columns)
     options: dict[str, Any] = {}
     if _READERS[suffix] == "csv":
         # Without these, pandas turns the text "NA" into a missing value and the text "007" into a number.
