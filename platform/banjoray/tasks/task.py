@@ -131,8 +131,10 @@ class Task(Protocol):
 def task_for(name: str) -> Task:
     """The task of that name."""
     from banjoray.tasks.text_classification import TextClassification
+    from banjoray.tasks.token_classification import TokenClassification
 
     tasks: dict[str, Task] = {TextClassification.name: TextClassification()}
+    tasks[TokenClassification.name] = TokenClassification()
     return tasks[name]
 
 
