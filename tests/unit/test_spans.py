@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from banjoray.data.windows import NO_ANSWER, NO_PART
+from banjoray.data.contexts import NO_ANSWER, NO_PART
 from banjoray.tasks.spans import Span, Wanted, Window, best_spans, exact_match, f1, normalised
 
 CONTEXT = "alpha beta gamma delta epsilon zeta eta theta"

@@ -18,6 +18,7 @@ from banjoray.errors import ConfigError
 
 TaskName = Literal[
     "text-classification",
+    "token-classification",
     "fill-mask",
     "question-answering",
     "summarization",
@@ -28,6 +29,7 @@ TaskName = Literal[
 # Of every task, the metric that picks the best checkpoint unless the job names another.
 USUAL_METRICS = {
     "text-classification": "f1_macro",
+    "token-classification": "f1",
     "fill-mask": "perplexity",
     "question-answering": "f1",
     "summarization": "loss",
@@ -53,7 +55,7 @@ class ModelConfig(Section):
 
 
 class FilesConfig(Section):
-    """One file per split: csv, tsv, json, jsonl, parquet or txt, a local path or an fsspec URL."""
+    """One file per split: csv, tsv, json, jsonl, parquet, txt or conll (iob, bio), a local path or an fsspec URL."""
 
     train: str = Field(description="Rows to learn from.")
     validation: str | None = Field(None, description="Rows that choose the best checkpoint; null: cut from train.")
@@ -66,6 +68,11 @@ class ColumnsConfig(Section):
     text: str = Field("text", description="The text, or the first text of a pair.")
     text_pair: str | None = Field(None, description="The second text of a pair; null: single texts.")
     label: str = Field("label", description="The label, a name or a number.")
+    tokens: str = Field("tokens", description="The words of a text, a list.")
+    tags: str = Field("tags", description="The tag of every word, a list of names or numbers.")
+    spans: str | None = Field(
+        None, description="Named spans of the text, a list of {start, end, label} in characters; null: tokens and tags."
+    )
     question: str = Field("question", description="A question about a context.")
     context: str = Field("context", description="The text that a question is answered from.")
     answers: str = Field(
@@ -94,7 +101,6 @@ class DataConfig(Section):
     stride: int = Field(
         32, ge=0, description="Tokens that two windows of one long row share, where a task cuts windows."
     )
-
     max_target_length: int = Field(
         128, ge=2, description="Tokens of a summary or translation; longer ones are cut, and counted in a warning."
     )

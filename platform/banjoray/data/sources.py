@@ -30,6 +30,9 @@ _READERS = {
     ".jsonl": "json",
     ".parquet": "parquet",
     ".txt": "text",
+    ".conll": "conll",
+    ".iob": "conll",
+    ".bio": "conll",
 }
 
 
@@ -110,6 +113,10 @@ def _read_file(path: str, columns: Mapping[str, str], split: str) -> Source:
     if suffix not in _READERS:
         raise DataError(f"data.files.{split}: '{path}' is of no known kind; needed one of {' '.join(sorted(_READERS))}")
     _check_there(path, split)
+    if _READERS[suffix] == "conll":
+        from banjoray.data.conll import read_conll
+
+        return read_conll(path, name, columns)
     if suffix == ".json" and "answers" in columns and (nested := flattened(path, name, columns)) is not None:
         return Source(nested, name)
     options: dict[str, Any] = {}

@@ -106,7 +106,7 @@ def plain_splits(
             check(source)
     splits = {name: Split(name, source.rows, named) for name, source in sources.items()}
     if "validation" not in splits:
-        splits |= _cut_anywhere(splits["train"], job.data.validation_fraction, job.train.seed, sources["train"].name)
+        splits |= cut_anywhere(splits["train"], job.data.validation_fraction, job.train.seed, sources["train"].name)
     return Splits(splits["train"], splits["validation"], splits.get("test"), ())
 
 
@@ -235,7 +235,7 @@ def _cut(train: Split, fraction: float, seed: int, source: str) -> dict[str, Spl
     return _parted(train, validation)
 
 
-def _cut_anywhere(train: Split, fraction: float, seed: int, source: str) -> dict[str, Split]:
+def cut_anywhere(train: Split, fraction: float, seed: int, source: str) -> dict[str, Split]:
     """Train without, and validation with, a seeded share of the rows; both keep the source's order."""
     if len(train) < 2:
         raise DataError(f"data: {source} has one row; needed one for train and one for validation")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from banjoray.config.job import DataConfig, JobConfig
+from banjoray.data.contexts import LENGTH, QUESTION, STRIDE, context_windows
 from banjoray.data.splits import Split, Splits, named_columns, plain_splits
 from banjoray.data.squad import check_answers
 from banjoray.data.tokens import IGNORED, Feature, Features, Tokens
-from banjoray.data.windows import LENGTH, QUESTION, STRIDE, context_windows
 from banjoray.errors import RequestError
 from banjoray.tasks.spans import Span, Wanted, Window, best_spans, exact_match, f1
 from banjoray.tasks.task import Ask, Score, Seen, Task, log_softmax, only_known, text_of, true_or_false, whole_number

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from banjoray.data.windows import NO_ANSWER
+from banjoray.data.contexts import NO_ANSWER
 from banjoray.tasks.task import log_softmax
 
 # How many pieces of a context are looked at, of all its windows together.
@@ -24,7 +24,7 @@ _PUNCTUATION = frozenset(string.punctuation)
 
 @dataclass(frozen=True)
 class Window:
-    """One window of a row: characters of the context by token, as `windows` has them, and logits (2, tokens)."""
+    """One window of a row: characters of the context by token, as `contexts` has them, and logits (2, tokens)."""
 
     starts: np.ndarray
     ends: np.ndarray

@@ -171,10 +171,12 @@ def task_for(name: str) -> Task:
     from banjoray.tasks.sequence_to_sequence import Summarization, Translation
     from banjoray.tasks.text_classification import TextClassification
     from banjoray.tasks.text_generation import TextGeneration
+    from banjoray.tasks.token_classification import TokenClassification
     from banjoray.tasks.zero_shot import ZeroShot
 
     known: tuple[Task, ...] = (
         TextClassification(),
+        TokenClassification(),
         FillMask(),
         QuestionAnswering(),
         Summarization(),
