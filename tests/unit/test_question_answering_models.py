@@ -109,7 +109,9 @@ def test_a_window_has_the_loss_that_the_model_itself_gives_it_whatever_it_is_pad
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_a_window_whose_answer_no_token_shows_weighs_nothing_and_has_a_finite_gradient(smoothing: float) -> None:
+def test_a_window_whose_answer_no_token_shows_weighs_nothing_and_has_a_finite_gradient(
+    tmp_path: Path, smoothing: float
+) -> None:
     targets = np.array([[1, 2, 3], [IGNORED, IGNORED, 4]])
     tokens = Tokens({}, np.array([0, 3, 7]), targets.ravel(), target_offsets=np.array([0, 3, 6]))
     assert TASK.weights(tokens, job_of(tmp_path, tmp_path, [], [])).tolist() == [1, 0]

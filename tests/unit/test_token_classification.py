@@ -24,7 +24,7 @@ from banjoray.tasks.task import Ask, Score, check_metrics, task_for
 from banjoray.tasks.token_classification import TokenClassification
 from banjoray.training.objective import row_weights
 from engines import ask, engine_of, folder_of, registered
-from factories import write_rows
+from factories import make_job, write_rows
 from tagged import KINDS, sentences, tagging_job, tokenizer_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -194,7 +194,7 @@ def test_a_feature_has_the_mean_loss_of_its_words_and_weighs_as_much_as_it_has(t
     split, labels = split_of(tmp_path, sentences(8))
     tokens = encoded(split, "bert", 10, stride=6)
     counts = [sum(target != IGNORED for target in targets) for targets in targets_of(tokens)]
-    assert TASK.weights(tokens).tolist() == counts
+    assert TASK.weights(tokens, make_job(tmp_path)).tolist() == counts
     assert sum(counts) == sum(len(tags) for tags in split.added["tags"])
     targets = torch.tensor([[1, IGNORED, 2, 0], [IGNORED, 3, IGNORED, IGNORED], [IGNORED] * 4])
     logits = torch.randn(3, 4, len(labels), generator=torch.Generator().manual_seed(1), requires_grad=True)
