@@ -14,7 +14,7 @@ import numpy as np
 from banjoray.data.contexts import NO_ANSWER
 from banjoray.tasks.task import log_softmax
 
-# How many pieces of a context are looked at, of all its windows together.
+# How many pieces of each window are looked at, at least.
 N_BEST = 20
 # A run of letters and digits, where blanks stand between words: not in Thai, Lao, Burmese, Khmer, Chinese or Japanese.
 _IN_WORD = re.compile(r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
