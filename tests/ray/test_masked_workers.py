@@ -1,5 +1,6 @@
 """Fill-mask on two workers: masks don't depend on who draws them, and a head that shares the word table stays tied."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,10 @@ def outcome(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Outcome
 
     stopped = [{"workers": 2, "rank": 0, "does": "term", "at_step": 6}, {"workers": 2}]
     alone = launch(folder / "alone", [case("alone", "ddp", workers=1)])["alone"][0]
-    cases = [*(case(strategy, strategy) for strategy in STRATEGIES), case("stopped", "ddp", attempts=stopped)]
+    cases: list[Mapping[str, Any]] = [
+        *(case(strategy, strategy) for strategy in STRATEGIES),
+        case("stopped", "ddp", attempts=stopped),
+    ]
     return Outcome(alone, launch(folder / "paired", cases))
 
 
