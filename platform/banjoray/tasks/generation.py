@@ -36,6 +36,7 @@ def set_generation(model: Any, tokenizer: Any, job: JobConfig) -> None:
         setattr(config, name, value)
     # These also count the prompt; transformers warns where both are there.
     config.max_length = None
+    config._from_model_config = False  # noqa: SLF001  it is a version's own from here on
     if job.generation.min_new_tokens is not None:
         config.min_length = None
     # What nothing would read: transformers refuses to save it.
