@@ -84,6 +84,10 @@ class Task(Protocol):
     steady: bool = True
     """Whether a row gives the model the same inputs in every epoch, so that a frozen bottom's states can be kept."""
 
+    def settled(self, job: JobConfig) -> "Task":
+        """The task with the settings that a job has for it; itself where it needs none."""
+        return self
+
     def splits(self, job: JobConfig, token: str | None = None) -> Splits:
         """The rows of a job, every cell that is read checked; raises DataError with file, row and reason."""
         ...
@@ -129,11 +133,12 @@ class Task(Protocol):
 
 
 def task_for(name: str) -> Task:
-    """The task of that name."""
+    """The task of that name, as it is without a job."""
+    from banjoray.tasks.embeddings import Embeddings
     from banjoray.tasks.text_classification import TextClassification
     from banjoray.tasks.zero_shot import ZeroShot
 
-    tasks: dict[str, Task] = {task.name: task for task in (TextClassification(), ZeroShot())}
+    tasks: dict[str, Task] = {task.name: task for task in (TextClassification(), ZeroShot(), Embeddings())}
     return tasks[name]
 
 
