@@ -9,7 +9,6 @@ import pytest
 import yaml
 from huggingface_hub import InferenceClient
 from trained import free_port
-from writers import writing_job
 
 from banjoray.config.job import JobConfig
 from banjoray.registry import Registry
@@ -21,6 +20,7 @@ from masked import masked_job
 from pairs import nli_job
 from questions import base, job_of, rows
 from tagged import tagging_job
+from writers import writing_job
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

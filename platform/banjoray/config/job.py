@@ -25,6 +25,7 @@ TaskName = Literal[
     "translation",
     "text-generation",
     "zero-shot-classification",
+    "feature-extraction",
 ]
 # Of every task, the metric that picks the best checkpoint unless the job names another.
 USUAL_METRICS = {
@@ -36,6 +37,7 @@ USUAL_METRICS = {
     "translation": "loss",
     "text-generation": "perplexity",
     "zero-shot-classification": "accuracy",
+    "feature-extraction": "mrr",
 }
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -125,6 +127,25 @@ class DataConfig(Section):
         return self
 
 
+class EmbeddingConfig(Section):
+    """How feature-extraction makes a vector of a text, and how training compares vectors.
+
+    In training each first text of a pair has to find its own among the second texts of the same microbatch, which has
+    train.batch_size / (workers x gradient_accumulation_steps) pairs: another number of workers trains another task.
+    """
+
+    pooling: Literal["mean", "cls", "max"] = Field(
+        "mean",
+        description="Of the last layer's states: the mean over the text's tokens, the first one, or the largest.",
+    )
+    normalize: bool = Field(True, description="Answer with vectors of length 1, where a request does not say.")
+    scale: float = Field(
+        20.0,
+        gt=0,
+        description="Cosines are multiplied by it in the loss; 1 / temperature, as in sentence-transformers.",
+    )
+
+
 class GateConfig(Section):
     """The score that a model needs to be registered."""
 
@@ -187,6 +208,9 @@ class JobConfig(Section):
     task: TaskName = Field(description="What the model learns to do.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="What training starts from.")
     data: DataConfig = Field(description="What it learns from.")
+    embedding: EmbeddingConfig = Field(
+        default_factory=EmbeddingConfig, description="For feature-extraction: how texts become vectors."
+    )
     freeze: Freeze = Field(
         "none", description="none, embeddings, backbone, {layers: k}, {patterns: [...]} or {bitfit: true}."
     )
@@ -241,6 +265,14 @@ class JobConfig(Section):
                 f"train.batch_size: found {self.train.batch_size}, needed at least {shares} "
                 f"(scale.workers {self.scale.most_workers} x gradient_accumulation_steps "
                 f"{self.train.gradient_accumulation_steps}); batch_size counts rows over all workers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _embedding_is_read(self) -> "JobConfig":
+        if self.task != "feature-extraction" and self.embedding != EmbeddingConfig():
+            raise ValueError(
+                f"embedding: found it with task {self.task}; feature-extraction alone reads it; leave it out"
             )
         return self
 

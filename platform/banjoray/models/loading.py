@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -172,7 +173,12 @@ def load_for_training(base: Base, config: Any, task: Task, seed: int) -> Any:
     torch.manual_seed(seed)
     loader = getattr(transformers, task.auto_model)
     return loader.from_pretrained(
-        base.path, config=config, dtype=torch.float32, ignore_mismatched_sizes=bool(base.digest), **base.options
+        base.path,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=bool(base.digest),
+        **_no_pooler(config, task),
+        **base.options,
     )
 
 
@@ -182,7 +188,25 @@ def sketch(config: Any, task: Task, trust_remote_code: bool = False) -> Any:
     import transformers
 
     with torch.device("meta"):
-        return getattr(transformers, task.auto_model).from_config(config, trust_remote_code=trust_remote_code)
+        return getattr(transformers, task.auto_model).from_config(
+            config, trust_remote_code=trust_remote_code, **_no_pooler(config, task)
+        )
+
+
+def _no_pooler(config: Any, task: Task) -> dict[str, bool]:
+    """What keeps a bare model's pooler out: no task reads it, and workers would wait for its gradients.
+
+    Raises ModelError: an encoder-decoder, which wants the words of an answer beside the text.
+    """
+    import transformers
+
+    if task.auto_model != "AutoModel":
+        return {}
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model.base: found an encoder-decoder ({config.model_type}); {task.name} needs one stack")
+    kind: Any = transformers.MODEL_MAPPING.get(type(config), None)
+    takes = inspect.isclass(kind) and "add_pooling_layer" in inspect.signature(kind).parameters
+    return {"add_pooling_layer": False} if takes else {}
 
 
 def load_trained(folder: Path, task: Task, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -192,7 +216,8 @@ def load_trained(folder: Path, task: Task, trust_remote_code: bool = False) -> t
 
     loader = getattr(transformers, task.auto_model)
     code = {"trust_remote_code": trust_remote_code}
-    model = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **code).eval()
+    bare = _no_pooler(transformers.AutoConfig.from_pretrained(folder, **code), task)
+    model = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **bare, **code).eval()
     read_first_only(model)
     return model, transformers.AutoTokenizer.from_pretrained(folder, **code)
 

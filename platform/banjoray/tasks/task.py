@@ -93,6 +93,10 @@ class Task(Protocol):
     text_metrics: tuple[str, ...] = ()
     """Names of the metrics of written texts: they cost a generation of every row, so `score` alone has them."""
 
+    def settled(self, job: JobConfig) -> "Task":
+        """The task with the settings that a job has for it; itself where it needs none."""
+        return self
+
     def splits(self, job: JobConfig, token: str | None = None) -> Splits:
         """The rows of a job, every cell that is read checked; raises DataError with file, row and reason."""
         ...
@@ -165,7 +169,8 @@ class Task(Protocol):
 
 
 def task_for(name: str) -> Task:
-    """The task of that name."""
+    """The task of that name, as it is without a job."""
+    from banjoray.tasks.embeddings import Embeddings
     from banjoray.tasks.fill_mask import FillMask
     from banjoray.tasks.question_answering import QuestionAnswering
     from banjoray.tasks.sequence_to_sequence import Summarization, Translation
@@ -183,6 +188,7 @@ def task_for(name: str) -> Task:
         Translation(),
         TextGeneration(),
         ZeroShot(),
+        Embeddings(),
     )
     tasks = {task.name: task for task in known}
     return tasks[name]

@@ -61,7 +61,7 @@ def prepare(job: JobConfig) -> Ready:
     token = use_hub(job.hub)
     quiet_libraries()
     check_places(job)
-    task = task_for(job.task)
+    task = task_for(job.task).settled(job)
     splits = task.splits(job, token)
     base = find_base(job.model, job.hub)
     tokenizer = load_tokenizer(base)
