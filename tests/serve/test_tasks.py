@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import InferenceClient
-from trained import free_port
 
 from banjoray.config.job import JobConfig
 from banjoray.registry import Registry
@@ -19,6 +18,7 @@ from factories import make_job
 from masked import masked_job
 from pairs import nli_job
 from questions import base, job_of, rows
+from serve.trained import free_port
 from tagged import tagging_job
 from writers import writing_job
 
@@ -31,6 +31,9 @@ JOBS: dict[str, Callable[[Path], JobConfig]] = {
     "question-answering": lambda folder: job_of(folder, base(folder / "base", "bert"), rows(16, 1), rows(8, 2)),
     "fill-mask": masked_job,
     "zero-shot-classification": nli_job,
+    "feature-extraction": lambda folder: nli_job(
+        folder, task="feature-extraction", train__metric="mrr", registry__gate__metric="mrr"
+    ),
     "summarization": lambda folder: writing_job(folder, "summarization", "bart"),
     "translation": lambda folder: writing_job(folder, "translation", "t5"),
     "text-generation": lambda folder: writing_job(folder, "text-generation", "gpt2"),
@@ -128,6 +131,19 @@ def test_zero_shot_classification(served: Served) -> None:
     found = served.client("zero-shot-classification").zero_shot_classification(TEXT, labels, multi_label=True)
     asked = {"candidate_labels": labels, "multi_label": True}
     assert plain(found) == near(served.ask("zero-shot-classification", TEXT, **asked))
+
+
+def test_feature_extraction(served: Served) -> None:
+    client = served.client("feature-extraction")
+    found = client.feature_extraction(TEXT, normalize=False)
+    assert found.tolist() == near(served.ask("feature-extraction", TEXT, normalize=False))
+
+
+def test_sentence_similarity(served: Served) -> None:
+    others = ["my old car", "we saw the sea again"]
+    found = served.client("feature-extraction").sentence_similarity(TEXT, others)
+    inputs = {"source_sentence": TEXT, "sentences": others}
+    assert found == near(served.ask("feature-extraction", inputs))
 
 
 def test_summarization(served: Served) -> None:

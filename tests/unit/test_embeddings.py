@@ -149,7 +149,7 @@ def batch_of(
     return {name: torch.from_numpy(ids) for name, ids in inputs.items()}, torch.from_numpy(targets), tokens
 
 
-def test_a_pair_is_unfolded_into_what_each_text_is_alone() -> None:
+def test_a_pair_is_unfolded_into_what_each_text_is_alone(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     rows = [{"said": text, "meant": other} for text, other in zip(TEXTS, TEXTS[::-1], strict=True)]
@@ -168,7 +168,7 @@ def test_a_pair_is_unfolded_into_what_each_text_is_alone() -> None:
     lengths = expected["attention_mask"].sum(1)
     assert targets[:, :2].T.flatten().tolist() == lengths.tolist()
     assert tokens.cut == 2
-    assert TASK.weights(tokens).tolist() == [1, 1, 1]
+    assert TASK.weights(tokens, pair_job(tmp_path)).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

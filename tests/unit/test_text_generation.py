@@ -94,7 +94,7 @@ def test_the_loss_of_a_batch_is_the_models_own(tmp_path: Path, architecture: str
     with torch.no_grad():
         own = model(input_ids=labels.clamp(min=0), attention_mask=(labels != IGNORED).long(), labels=labels).loss
         losses = TASK.losses(model(**inputs), torch.from_numpy(targets), 0.0)
-    weights = torch.from_numpy(TASK.weights(tokens)[:6])
+    weights = torch.from_numpy(TASK.weights(tokens, job)[:6])
     assert torch.dot(losses, weights / weights.sum()).item() == pytest.approx(own.item(), abs=1e-6)
     kept = outputs(model, Feed(tokens, PAD, torch.device("cpu")), TASK)
     metrics = TASK.score(kept, tokens, ready.rows.held, ()).metrics

@@ -106,7 +106,7 @@ class Embeddings(Task):
             spread = surprise.masked_fill(same, 0).sum(dim=1) / (~same).sum(dim=1)
             return (1 - smoothing) * surprise.diagonal() + smoothing * spread
 
-    def weights(self, tokens: Tokens) -> np.ndarray:
+    def weights(self, tokens: Tokens, job: JobConfig) -> np.ndarray:
         """One per pair."""
         return np.ones(len(tokens), dtype=np.float32)
 
