@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import TokenClassificationOutputElement
 from seqeval import metrics as seqeval_metrics
 
 from banjoray.config.job import DataConfig, JobConfig
@@ -390,6 +391,8 @@ def test_the_answer_to_one_text_is_a_list_and_to_several_a_list_of_lists(trained
     parameters = {"aggregation_strategy": "simple", "ignore_labels": []}
     for entry in ask(engine, {"inputs": TEXTS[0], "parameters": parameters}):
         assert tuple(entry) == ("entity_group", "score", "word", "start", "end")
+    read = TokenClassificationOutputElement.parse_obj_as_list(one)
+    assert [(entry.word, entry.start, entry.end) for entry in read] == [(e["word"], e["start"], e["end"]) for e in one]
     assert ask(engine, {"inputs": "\ufe0f", "parameters": {"ignore_labels": []}}) == []
     assert ask(engine, {"inputs": ["x", "y"], "parameters": {"ignore_labels": list(engine.labels)}}) == [[], []]
 
