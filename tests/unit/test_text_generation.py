@@ -265,6 +265,56 @@ def test_a_model_learns_to_answer_prompts(tmp_path: Path) -> None:
     assert right >= 8
 
 
+@pytest.mark.parametrize("target", [None, "target"])
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_texts_that_share_a_block_have_the_losses_and_gradients_that_they_have_alone(
+    tmp_path: Path, architecture: str, target: str | None
+) -> None:
+    writer(tmp_path / "base", architecture, initializer_range=0.3)
+    model, cpu = model_of(tmp_path / "base"), torch.device("cpu")
+    found = []
+    for packing in (False, True):
+        job = writing_job(
+            tmp_path, "text-generation", architecture, data__packing=packing, data__columns__target=target
+        )
+        ready = prepare(job)
+        tokens, collate = ready.rows.train, TASK.collate(job, ready.start.tokenizer, model.config)
+        kept = outputs(model, Feed(tokens, ready.rows.pad_id, cpu, collate=collate), TASK)
+        feed = Feed(tokens, ready.rows.pad_id, cpu, collate=collate)
+        inputs, targets = feed.batch(np.arange(len(tokens)), 0)
+        losses, weights = TASK.losses(model(**inputs), torch.from_numpy(targets), 0.0), TASK.weights(tokens)
+        loss = torch.dot(losses, torch.from_numpy(weights / weights.sum()))
+        model.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        found.append((tokens, TASK.score(kept, tokens, ready.rows.held, ()).metrics["loss"], loss.item(), gradients))
+    (alone, *numbers), (shared, *others) = found
+    assert len(shared) < len(alone) / 2
+    assert shared.lengths.max() <= 16
+    assert shared.streams["input_ids"].tolist() == alone.streams["input_ids"].tolist()
+    assert numbers[:2] == pytest.approx(others[:2], abs=1e-5)
+    for one, other in zip(numbers[2], others[2], strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_packed_texts_are_trained_and_scored_and_the_version_answers(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"data__packing": True, "data__columns__target": None, "freeze": {"layers": 1}}
+    job = writing_job(tmp_path, "text-generation", "llama", cache__prefix="auto", **changes)
+    found = registered(job)
+    assert found.metrics["perplexity"] == pytest.approx(np.exp(found.metrics["loss"]))
+    assert len(ask(engine_of(job, found), {"inputs": ["one", "two three"]})) == 2
+
+
+def test_a_decoder_whose_texts_would_see_each_other_is_not_packed(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 30}
+    transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)).save_pretrained(tmp_path / "base")
+    words_tokenizer("$A").save_pretrained(tmp_path / "base")
+    job = writing_job(tmp_path, "text-generation", "gpt2", data__columns__target=None)
+    assert prepare(job).warnings == ()
+    with pytest.raises(ConfigError, match=r"data.packing: .* is of kind bloom, whose texts would see each other"):
+        prepare(job.with_values({"data.packing": True}))
+
+
 def test_what_nothing_would_read_is_no_setting_of_a_version(tmp_path: Path) -> None:
     base = writer(tmp_path / "base", "gpt2")
     (base / "generation_config.json").write_text(

@@ -109,6 +109,11 @@ class DataConfig(Section):
     prefix: str = Field(
         "", description="Put before every text that is summarized or translated, as 'summarize: ' (T5)."
     )
+    packing: bool = Field(
+        False,
+        description="text-generation: short texts share a block of max_length tokens, and none sees another; "
+        "train.batch_size then counts blocks.",
+    )
     src_lang: str | None = Field(
         None, description="Language of the texts, as the tokenizer names it (en_XX); for mBART, NLLB, M2M100 alone."
     )
@@ -116,7 +121,7 @@ class DataConfig(Section):
 
     def cutting(self) -> dict[str, Any]:
         """The keys that decide how rows become token ids."""
-        keys = {"max_length", "stride", "max_target_length", "prefix", "src_lang", "tgt_lang"}
+        keys = {"max_length", "stride", "max_target_length", "prefix", "packing", "src_lang", "tgt_lang"}
         return self.model_dump(mode="json", include=keys)
 
     @model_validator(mode="after")

@@ -14,8 +14,9 @@ from banjoray.data.splits import Split, Splits, named_columns, plain_splits
 from banjoray.data.tokens import IGNORED, Feature, Features, Tokens
 from banjoray.errors import ConfigError, RequestError
 from banjoray.tasks.generation import write
+from banjoray.tasks.packing import apart, check_packing, packed
 from banjoray.tasks.settings import MOST_NEW_TOKENS, WRITING, Settings, read_asked, settled
-from banjoray.tasks.task import Ask, Score, Seen, Task, only_known, text_of, true_or_false, whole_number
+from banjoray.tasks.task import Ask, Collate, Score, Seen, Task, only_known, text_of, true_or_false, whole_number
 from banjoray.tasks.token_loss import WIDE, token_losses, token_metrics, token_sums
 
 if TYPE_CHECKING:
@@ -52,30 +53,28 @@ class TextGeneration(Task):
                 f"model.base: {job.model.base} is of kind {kind}, which does not go on with a text from left "
                 f"to right; {self.name} needs a decoder such as GPT-2, Llama, Qwen or Mistral"
             )
+        if job.data.packing:
+            check_packing(job, config)
 
     def encode(self, rows: Mapping[str, Sequence[Any]], tokenizer: Any, data: DataConfig) -> Features:
         """Texts as blocks of data.max_length tokens, each token's target being the next one, across blocks too.
 
         With targets, a feature per row: prompt, target and end, of which prompt tokens are no targets; too long, it
-        loses the start of its prompt, then the end of its target. Rows that a request asks for carry ``settings``: a
-        feature per row, its last data.max_length tokens.
+        loses the start of its prompt, then the end of its target. With data.packing, several such features in one.
+        Rows that a request asks for carry ``settings``: a feature per row, its last data.max_length tokens.
         """
         if "settings" in rows:
             return _prompts(rows["text"], rows["settings"], tokenizer, data)
         ids = _ids(rows["text"], tokenizer)
         if "target" in rows:
-            return _answered(ids, _ids(rows["target"], tokenizer, first=False), tokenizer, data)
-        blocks: list[list[int]] = []
-        targets: list[list[int]] = []
-        numbers: list[int] = []
-        end = _end(tokenizer)
-        for row, text in enumerate(ids):
-            read, following = _shifted(text + end, 1)
-            for start in range(0, len(read), data.max_length):
-                blocks.append(read[start : start + data.max_length])
-                targets.append(following[start : start + data.max_length])
-                numbers.append(row)
-        return Features({"input_ids": blocks}, numbers, targets=targets)
+            found = _answered(ids, _ids(rows["target"], tokenizer, first=False), tokenizer, data)
+        else:
+            found = _blocks(ids, tokenizer, data)
+        return packed(found, data.max_length) if data.packing else found
+
+    def collate(self, job: JobConfig, tokenizer: Any, config: Any) -> Collate | None:
+        """Where texts share blocks: a mask by which every token sees those before it of its own text."""
+        return apart if job.data.packing else None
 
     def losses(self, outputs: Any, targets: "Tensor", smoothing: float) -> "Tensor":
         """The mean cross-entropy of every feature's targets."""
@@ -174,6 +173,21 @@ def _shifted(whole: list[int], known: int) -> tuple[list[int], list[int]]:
     if len(whole) == 1:
         return whole, [IGNORED]
     return whole[:-1], [*[IGNORED] * (known - 1), *whole[known:]]
+
+
+def _blocks(ids: Sequence[list[int]], tokenizer: Any, data: DataConfig) -> Features:
+    """Texts and their ends, cut into blocks; the targets are the next tokens, across blocks too."""
+    blocks: list[list[int]] = []
+    targets: list[list[int]] = []
+    numbers: list[int] = []
+    end = _end(tokenizer)
+    for row, text in enumerate(ids):
+        read, following = _shifted(text + end, 1)
+        for start in range(0, len(read), data.max_length):
+            blocks.append(read[start : start + data.max_length])
+            targets.append(following[start : start + data.max_length])
+            numbers.append(row)
+    return Features({"input_ids": blocks}, numbers, targets=targets)
 
 
 def _answered(prompts: Sequence[list[int]], answers: Sequence[list[int]], tokenizer: Any, data: DataConfig) -> Features:
