@@ -2,7 +2,8 @@
 
 A row of training data is a pair of texts that belong together. The loss is a ranking: of all second texts in a forward
 pass, a first text has to find its own (multiple negatives ranking, Henderson et al. 2017, arXiv:1705.00652). So the
-negatives are those of one microbatch: with more workers or microbatches per step there are fewer, and the task easier.
+negatives are those of one microbatch: with more workers or microbatches per step, also those that a full memory makes,
+there are fewer, and the task is easier. Nothing else that is learned here depends on who computes which rows.
 
 A pair is one feature, so that it stays together: the ids of both texts, one after the other, each with its own special
 tokens. Its targets are the two lengths; a batch is unfolded into twice as many rows before the model sees it.
@@ -122,7 +123,8 @@ class Embeddings(Task):
     def parse(self, inputs: Any, parameters: Mapping[str, Any]) -> Ask:
         """A row per text; raises RequestError for other shapes and parameters.
 
-        A source sentence and others (sentence_similarity) are rows too, the source first.
+        Texts that are too long are cut, unless ``truncate`` is false: then `encode` refuses them. A source
+        sentence and others (sentence_similarity) are rows too, the source first.
         """
         compared = isinstance(inputs, dict)
         only_known(parameters, _CUTTING if compared else _PARAMETERS, self.name)
