@@ -272,7 +272,7 @@ def test_texts_that_share_a_block_have_the_losses_and_gradients_that_they_have_a
 ) -> None:
     writer(tmp_path / "base", architecture, initializer_range=0.3)
     model, cpu = model_of(tmp_path / "base"), torch.device("cpu")
-    found = []
+    found: list[Any] = []
     for packing in (False, True):
         job = writing_job(
             tmp_path, "text-generation", architecture, data__packing=packing, data__columns__target=target
