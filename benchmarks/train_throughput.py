@@ -76,7 +76,9 @@ def main() -> int:
         rows = len(Path(files["train"]).read_text(encoding="utf-8").splitlines())
         result = facts(options, rows)
         found = rounds(options, files, Path(folder))
-    contenders = {name: summary(told) | {"settings": settings[name]} for name, told in found.items()}
+    each = f"{threads(options)} thread{'s' * (threads(options) > 1)}"
+    told_of = {name: text.replace(f"{THREADS} threads", each) for name, text in settings.items()}
+    contenders = {name: summary(told) | {"settings": told_of[name]} for name, told in found.items()}
     agrees = agreement(contenders, HALF_A_POINT, 0) if options.accuracy else agreement(contenders, NOISE, 2)
     if options.accuracy:
         keys = ("accuracy", "accuracy_error", "accuracy_min", "accuracy_max", "steps", "settings")
@@ -170,7 +172,7 @@ def one(name: str, seed: int, options: argparse.Namespace, files: dict[str, str]
         case = {
             "contender": name,
             "seed": seed,
-            "threads": max(1, THREADS // len(options.only)) if options.accuracy else THREADS,
+            "threads": threads(options),
             "gpu": options.gpu,
             "folder": place,
             "files": files,
@@ -183,6 +185,11 @@ def one(name: str, seed: int, options: argparse.Namespace, files: dict[str, str]
         raise SystemExit(f"{name}, seed {seed}, ended with {done.returncode}:\n{done.stderr[-4000:]}")
     told: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return told
+
+
+def threads(options: argparse.Namespace) -> int:
+    """Threads of a contender: all, or where accuracies are compared, side by side, its share."""
+    return max(1, THREADS // len(options.only)) if options.accuracy else THREADS
 
 
 def summary(told: list[dict[str, float]]) -> dict[str, Any]:
@@ -247,7 +254,7 @@ def facts(options: argparse.Namespace, rows: int) -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "commit": commit,
-        "settings": train | {"max_length": MAX_LENGTH, "model": "banjoray:minilm", "threads": THREADS},
+        "settings": train | {"max_length": MAX_LENGTH, "model": "banjoray:minilm", "threads": threads(options)},
     }
 
 

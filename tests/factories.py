@@ -91,6 +91,9 @@ def _config(architecture: str, vocabulary: int) -> Any:
             return transformers.DistilBertConfig(
                 **common, dim=32, n_layers=DEPTH, n_heads=2, hidden_dim=64, max_position_embeddings=80
             )
+        case "modernbert":
+            ids: dict[str, Any] = {"bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
+            return transformers.ModernBertConfig(**usual, **ids, local_attention=8)
         case "gpt2":
             return transformers.GPT2Config(**common, n_embd=32, n_layer=DEPTH, n_head=2, n_positions=80)
     raise AssertionError(f"no tiny {architecture}")

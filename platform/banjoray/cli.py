@@ -4,24 +4,34 @@ stdout carries the answer, with ``--json`` exactly one JSON object; stderr carri
 1 the run failed, 2 you asked for something wrong, 3 a gate refused.
 """
 
-import contextlib
 import json
-import logging
-import os
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from banjoray import __version__
 from banjoray.errors import BanjorayError, ConfigError
+from banjoray.looking import check, data, inspect, plan, schema
+from banjoray.terminal import (
+    AsJson,
+    JobFile,
+    Overrides,
+    Profile,
+    Reference,
+    RegistryRoot,
+    answer,
+    job_of,
+    metrics_text,
+    quietly,
+    saying,
+    terminal,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
 app = typer.Typer(
     name="banjoray",
@@ -32,16 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Result = TypeVar("Result")
-JobFile = Annotated[Path, typer.Argument(help="A job file, as jobs/quickstart.yaml.", show_default=False)]
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the job file; may be repeated.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Profile = Annotated[bool, typer.Option("--profile", help="Print where the time went; on GPUs it costs some.")]
-RegistryRoot = Annotated[str, typer.Option("--registry", help="Folder or fsspec URL of the registry.")]
-Reference = Annotated[str, typer.Argument(help="name@version or name@alias, as emotion@7.", show_default=False)]
 
 
 def main() -> None:
@@ -83,8 +83,8 @@ def train(
 
     The same command goes on with an unfinished run; a SIGTERM ends it with a checkpoint.
     """
-    job = _job(file, values)
-    console = _console()
+    job = job_of(file, values)
+    console = terminal()
 
     def work() -> Any:
         from banjoray.reports.progress import RunProgress
@@ -92,12 +92,12 @@ def train(
 
         progress = RunProgress(console)
         with progress.shown():
-            return run(job, watch=progress, say=_say(console), exact=profile)
+            return run(job, watch=progress, say=saying(console), exact=profile)
 
-    result = _quietly(work)
+    result = quietly(work)
     speed = f"{result.steps} steps, {result.seconds:.0f} s, {result.rows_per_s:.0f} rows/s"
     text = [
-        f"{result.version}  {_metrics(result.metrics)}  ({speed})",
+        f"{result.version}  {metrics_text(result.metrics)}  ({speed})",
         f"checkpoint  {result.checkpoint}",
         f"next        banjoray promote {result.version} production",
     ]
@@ -105,7 +105,7 @@ def train(
         from banjoray.reports.tables import profile_table
 
         console.print(profile_table(result.profile))
-    _answer(result.to_json(), as_json, *text)
+    answer(result.to_json(), as_json, *text)
 
 
 @app.command()
@@ -114,17 +114,19 @@ def tune(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None
 
     The same command goes on with an unfinished study; finished trials are not run again.
     """
-    job = _job(file, values)
-    console = _console()
+    job = job_of(file, values)
+    console = terminal()
 
     def work() -> Any:
         from banjoray.reports.study import write_page
+        from banjoray.reports.study_progress import StudyProgress
         from banjoray.tuning.run import tune as run
 
-        result = run(job, say=_say(console))
+        with StudyProgress(console, job).shown() as watch:
+            result = run(job, watch=watch, say=saying(console))
         return result, write_page(result, f"{job.storage}/{result.study_id}")
 
-    result, page = _quietly(work)
+    result, page = quietly(work)
     from banjoray.reports.tables import importances_line, trials_table
 
     text: list[RenderableType] = [
@@ -134,7 +136,7 @@ def tune(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None
         f"pictures    {page}",
         f"next        banjoray promote {result.version} production",
     ]
-    _answer(result.to_json(), as_json, *(line for line in text if line))
+    answer(result.to_json(), as_json, *(line for line in text if line))
 
 
 @app.command()
@@ -154,13 +156,44 @@ def score(
 
         return run(reference, split, registry)
 
-    result = _quietly(work)
+    result = quietly(work)
     if not result.same_data:
-        _console().print("the data has changed since this version was trained", style="yellow")
-    from banjoray.reports.tables import confusion_table
+        terminal().print("the data has changed since this version was trained", style="yellow")
+    from banjoray.reports.tables import score_tables
 
-    told = f"{result.version} on {result.split}: {_metrics(result.score.metrics)}"
-    _answer(result.to_json(), as_json, told, confusion_table(result.score))
+    told = f"{result.version} on {result.split}: {metrics_text(result.score.metrics)}"
+    answer(result.to_json(), as_json, told, *score_tables(result.score))
+
+
+@app.command()
+def predict(
+    reference: Reference,
+    file: Annotated[str, typer.Argument(help="jsonl, txt, csv or parquet; a path or fsspec URL.", show_default=False)],
+    output: Annotated[str, typer.Option("--output", "-o", help="Where a JSON line per row goes.", show_default=False)],
+    parameters: Annotated[str, typer.Option(help="Parameters of a request, as JSON.")] = "{}",
+    registry: RegistryRoot = "./registry",
+    as_json: AsJson = False,
+) -> None:
+    """Answer every row of a file.
+
+    As the endpoint would: the same task, the same answers. A row that can't be answered is written with its error.
+    """
+    try:
+        given = json.loads(parameters)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--parameters: not JSON ({error})") from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"--parameters: found {parameters}; needed a JSON object")
+
+    def work() -> Any:
+        from banjoray.serving.batch import predict as run
+
+        return run(reference, file, output, registry, given, saying(terminal()))
+
+    result = quietly(work)
+    for line in result.first_errors:
+        saying(terminal())(line)
+    answer(result.to_json(), as_json, f"{result.output}  {result.rows} rows, {result.failed} of them with an error")
 
 
 @app.command()
@@ -181,7 +214,7 @@ def models(
         for model, (versions, aliases) in listed.items()
     }
     lines: list[RenderableType] = [versions_table(versions, aliases) for versions, aliases in listed.values()]
-    _answer(told, as_json, *(lines or [f"no models in {store.root}; banjoray train makes one"]))
+    answer(told, as_json, *(lines or [f"no models in {store.root}; banjoray train makes one"]))
 
 
 @app.command()
@@ -204,7 +237,7 @@ def promote(
     version = store.resolve(reference)
     before = store.promote(version.model, version.version, alias, "anything" if expected is None else expected or None)
     told = {"model": version.model, "alias": alias, "version": version.version, "before": before}
-    _answer(told, as_json, f"{version.model}@{alias} is {version} (before: {before or 'nothing'})")
+    answer(told, as_json, f"{version.model}@{alias} is {version} (before: {before or 'nothing'})")
 
 
 @app.command()
@@ -216,16 +249,16 @@ def serve(
 
     Listens on 127.0.0.1 unless the file names another host.
     """
-    console = _console()
+    console = terminal()
 
     def work() -> None:
         from banjoray.serving.app import serving
 
-        with serving(file, port, _say(console)) as url:
-            _say(console)(f"answering at {url} (docs at {url}/docs); Ctrl-C stops it")
+        with serving(file, port, saying(console)) as url:
+            saying(console)(f"answering at {url} (docs at {url}/docs); Ctrl-C stops it")
             signal.pause()
 
-    _quietly(work)
+    quietly(work)
 
 
 @app.command()
@@ -252,35 +285,15 @@ def submit(
 
         return run(verb, str(file), address, values, tell)
 
-    code = _quietly(work)
+    code = quietly(work)
     answers = [line for line in "".join(lines).splitlines() if line.startswith("{") and line.endswith("}")]
     if answers:
         typer.echo(answers[-1])
     raise typer.Exit(code)
 
 
-@app.command()
-def check(files: Annotated[list[Path], typer.Argument(help="Job files or serve configs.", show_default=False)]) -> None:
-    """Check files; nothing is started.
-
-    A job file: keys, rows, labels, base model, freezing, tune.space. A serve config: its schema and its model.
-    """
-    from banjoray.config.job import read_yaml
-
-    for file in files:
-        told = _check_serve(file) if "applications" in read_yaml(file) else _check_job(file)
-        typer.echo(f"{file}: {told}")
-
-
-@app.command()
-def plan(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
-    """Say what a job will take; nothing is started."""
-    job = _job(file, values).anchored(Path.cwd())
-    from banjoray.reports.tables import plan_lines
-    from banjoray.tuning.plan import plan as run
-
-    found = _quietly(lambda: run(job))
-    _answer(found.to_json(), as_json, *plan_lines(found))
+for verb in (check, plan, data, inspect):
+    app.command()(verb)
 
 
 @app.command()
@@ -291,108 +304,13 @@ def quickstart(
 
     Trains on 600 sentences with two workers, scores, registers, serves, asks three questions.
     """
-    console = _console()
+    console = terminal()
     from banjoray.quickstart import run
 
-    _quietly(lambda: run(console, port))
+    quietly(lambda: run(console, port))
 
 
-@app.command()
-def schema(
-    kind: Annotated[str, typer.Argument(help="job, or serve (the args of an application).")] = "job",
-) -> None:
-    """Print the JSON Schema of a job file.
-
-    Every key with its default, unit and rule; for editors and for reading.
-    """
-    from banjoray.config.job import JobConfig
-    from banjoray.config.section import Section
-    from banjoray.config.serve import ServeConfig
-
-    kinds: dict[str, type[Section]] = {"job": JobConfig, "serve": ServeConfig}
-    if kind not in kinds:
-        raise ConfigError(f"schema: found '{kind}'; needed job or serve")
-    typer.echo(json.dumps(kinds[kind].model_json_schema(), indent=2))
-
-
-def _job(file: Path, values: list[str]) -> Any:
-    from banjoray.config.job import load_job
-
-    return load_job(file, values)
-
-
-def _check_job(file: Path) -> str:
-    job = _job(file, []).anchored(Path.cwd())
-    from banjoray.reports.tables import checked_line
-    from banjoray.tuning.plan import checked
-
-    ready, corners = _quietly(lambda: checked(job))
-    for warning in ready.warnings:
-        _say(_console())(warning)
-    return checked_line(ready, len(corners))
-
-
-def _check_serve(file: Path) -> str:
-    def work() -> str:
-        from banjoray.serving.app import read_config
-
-        names = [application.name for application in read_config(file, None).applications]
-        return f"ok, applications {', '.join(names)}"
-
-    return _quietly(work)
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _say(console: "Console") -> Callable[[str], None]:
-    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _metrics(metrics: dict[str, float]) -> str:
-    from banjoray.reports.tables import metrics_line
-
-    return metrics_line(metrics)
-
-
-def _quietly(work: Callable[[], Result]) -> Result:
-    """Do the work with what Ray and other libraries print kept out of stdout and the terminal, in a log file."""
-    log = Path(tempfile.gettempdir()) / f"banjoray-{os.getuid()}" / f"{os.getpid()}.log"
-    log.parent.mkdir(mode=0o700, exist_ok=True)
-    try:
-        with _logged_to(log):
-            return work()
-    except BanjorayError as error:
-        if error.exit_code == 1:
-            error.args = (f"{error.args[0]}\nlogs: {log}, and Ray's in /tmp/ray/session_latest/logs", *error.args[1:])
-        raise
-
-
-@contextlib.contextmanager
-def _logged_to(log: Path) -> Iterator[None]:
-    handler = logging.FileHandler(log)
-    names = ("ray", "ray.serve", "ray.train", "ray.tune", "transformers", "datasets", "accelerate", "DeepSpeed")
-    for name in names:
-        logger = logging.getLogger(name)
-        logger.addHandler(handler)
-        logger.propagate = False
-    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        yield
-
-
-def _answer(told: dict[str, Any], as_json: bool, *lines: "RenderableType") -> None:
-    """Print the answer: one JSON object, or lines for people."""
-    if as_json:
-        typer.echo(json.dumps(told))
-        return
-    from rich.console import Console
-
-    console = Console()
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=isinstance(line, str))
+app.command()(schema)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def test_a_gate_that_refuses_gives_exit_code_3(folder: Path) -> None:
 
 
 def test_nothing_a_user_did_wrong_shows_a_traceback_and_a_bug_of_ours_does() -> None:
-    code = "import banjoray.cli as cli; cli._job = lambda *_: 1 / 0; cli.main()"
+    code = "import banjoray.cli as cli; cli.job_of = lambda *_: 1 / 0; cli.main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "train", "x.yaml"],
         capture_output=True,

@@ -14,6 +14,7 @@ from banjoray.config.job import JobConfig
 from banjoray.errors import ConfigError, TrainingFailed
 from banjoray.registry import Registry
 from banjoray.tuning.record import recorded
+from banjoray.tuning.study import TrialMoment
 from commands import Command
 from factories import make_job
 
@@ -64,13 +65,17 @@ def test_search_that_is_stopped_goes_on_without_running_a_finished_trial_again(
     before = written(job)
     assert before
     rest: list[str] = []
-    study = banjoray.tune(job, say=rest.append)
+    last: dict[str, TrialMoment] = {}
+    study = banjoray.tune(job, watch=lambda moment: last.update({moment.trial: moment}), say=rest.append)
     assert rest[0].startswith(f"continuing study {study.study_id}: {points} trials")
     assert len(study.trials) == points
     assert {file: file.stat().st_mtime_ns for file in before if file.exists()}.items() <= before.items()
     assert all(trial.score is not None for trial in study.trials)
+    # Of those that had ended before, too.
+    told = {trial.trial: (trial.score, trial.epochs) for trial in study.trials}
+    assert {name: (moment.best, moment.epoch) for name, moment in last.items()} == told
     if searcher == "grid":
-        assert sorted(told[0] for told in told_of(study)) == sorted(
+        assert sorted(one[0] for one in told_of(study)) == sorted(
             json.dumps({"freeze": freeze, "train.learning_rate": rate})
             for rate in RATES
             for freeze in SPACE["freeze"]["choice"]
@@ -184,8 +189,20 @@ def test_trials_share_the_states_of_what_they_freeze(tmp_path: Path, lively_mode
     lively_model(tmp_path / "base")
     space = {"train.learning_rate": {"choice": RATES}, "freeze": {"choice": [{"layers": 2}]}}
     job = search_job(tmp_path, space=space, searcher="grid", trials=None)
-    study = banjoray.tune(job.with_values({"cache.prefix": "always"}))
+    moments: list[TrialMoment] = []
+    study = banjoray.tune(job.with_values({"cache.prefix": "always"}), watch=moments.append)
     assert sorted(trial.prefix for trial in study.trials) == ["computed", "read", "read"]
+    for trial in study.trials:
+        seen = [moment for moment in moments if moment.trial == trial.trial]
+        assert [(moment.epoch, moment.status) for moment in seen] == [
+            *((epoch, "running") for epoch in (0, 1, 2)),
+            (2, "done"),
+        ]
+        assert [moment.score for moment in seen[1:3]] == [entry["loss"] for entry in trial.history]
+        assert [moment.states for moment in seen] == ["", *[trial.prefix] * 3]
+        assert (seen[-1].best, seen[-1].epochs, seen[-1].values) == (trial.score, 2, trial.values)
+        assert 0 < seen[1].seconds <= seen[2].seconds <= seen[3].seconds == pytest.approx(trial.seconds, abs=1e-3)
+    assert {moment.trial for moment in moments} == {trial.trial for trial in study.trials}
     never = banjoray.tune(job.with_values({"cache.prefix": "never", "storage": str(tmp_path / "never")}))
     assert {trial.prefix for trial in never.trials} == {""}
     scores = [{json.dumps(trial.values): trial.score for trial in one.trials} for one in (study, never)]

@@ -70,6 +70,7 @@ BREACHES: list[tuple[dict[str, Any], str]] = [
         {"train.torch_compile": "on", "scale.strategy": "fsdp"},
         "train.torch_compile: found on with scale.strategy fsdp, ",
     ),
+    ({"task": "fill-mask", "cache.prefix": "always"}, "cache.prefix: found always with task fill-mask, which "),
 ]
 ALLOWED: list[dict[str, Any]] = [
     {},

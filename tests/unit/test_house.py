@@ -34,6 +34,8 @@ LAYERS = (
     ("cluster",),
     ("reports",),
     ("quickstart",),
+    ("terminal",),
+    ("looking",),
     ("cli",),
 )
 # The one pair on the same step: an engine pads and moves tensors as evaluation does.

@@ -83,7 +83,7 @@ def test_the_loss_of_a_batch_is_the_models_own(tmp_path: Path, architecture: str
     labels = torch.from_numpy(targets)
     with torch.no_grad():
         own = model(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"], labels=labels)
-    losses, weights = task.losses(model(**tensors), labels, 0.0), torch.from_numpy(task.weights(tokens)[rows])
+    losses, weights = task.losses(model(**tensors), labels, 0.0), torch.from_numpy(task.weights(tokens, job)[rows])
     assert torch.dot(losses, weights / weights.sum()).item() == pytest.approx(own.loss.item(), abs=1e-6)
     assert weights.tolist() == [len(row["target"].split()) + 1 for row in phrases(9)]
     sums = np.stack(task.kept(own, tensors, labels))

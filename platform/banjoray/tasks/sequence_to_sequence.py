@@ -18,8 +18,8 @@ from banjoray.data.tokens import IGNORED, Feature, Features, Tokens
 from banjoray.errors import ConfigError, RequestError
 from banjoray.tasks.generation import write
 from banjoray.tasks.languages import knows_languages, speaking, starting_in, why_unknown
-from banjoray.tasks.settings import WRITING, Settings, read_asked, settled, switch
-from banjoray.tasks.task import Ask, Collate, Score, Seen, Task, only_known, text_of
+from banjoray.tasks.settings import WRITING, Settings, read_asked, settled
+from banjoray.tasks.task import Ask, Collate, Score, Seen, Task, only_known, text_of, true_or_false
 from banjoray.tasks.text_metrics import ROUGE, TRANSLATION, bleu_and_chrf, rouge
 from banjoray.tasks.token_loss import WIDE, token_losses, token_metrics, token_sums
 
@@ -165,7 +165,7 @@ class SequenceToSequence(Task):
         truncation = parameters.get("truncation")
         if truncation is not None and truncation not in _TRUNCATION:
             raise RequestError(f"parameters.truncation: found {truncation!r}; needed one of {', '.join(_TRUNCATION)}")
-        switch(parameters, "clean_up_tokenization_spaces", False)
+        true_or_false(parameters, "clean_up_tokenization_spaces", False)
         asked = read_asked(parameters, WRITING, "parameters") | read_asked(
             inner, WRITING, "parameters.generate_parameters"
         )

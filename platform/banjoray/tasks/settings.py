@@ -91,16 +91,6 @@ def settled(asked: dict[str, Any], **other: Any) -> Settings:
     return Settings(tuple(sorted(found.items())), seed, **other)
 
 
-def switch(parameters: Mapping[str, Any], key: str, usual: bool) -> bool:
-    """A parameter that is true or false; ``usual`` where it is absent or null."""
-    found = parameters.get(key)
-    if found is None:
-        return usual
-    if not isinstance(found, bool):
-        raise RequestError(f"parameters.{key}: found {found!r}; needed true or false")
-    return found
-
-
 def _number(name: str, value: Any, where: str) -> float:
     kind, least, most = NUMBERS[name]
     wanted = (int,) if kind is int else (int, float)

@@ -81,12 +81,21 @@ class Task(Protocol):
     """Whether a model of this task has named labels."""
     weighted: bool = False
     """Whether each row has one label, so that rows can be weighted by it and confused."""
+    outputs: int | None = None
+    """How many numbers the head of a task without labels gives for a row or token; None: as the base has it."""
     steady: bool = True
-    """Whether a row gives the model the same inputs in every epoch, so that a frozen bottom's states can be kept."""
+    """Whether a row gives the model the same inputs in every epoch, those that `encode` made.
+
+    So a frozen bottom's states can be kept, and of the word table only the words in use have to be trained.
+    """
     generates: bool = False
     """Whether answers are texts that the model writes: `generate` is called for them, instead of a forward pass."""
     text_metrics: tuple[str, ...] = ()
     """Names of the metrics of written texts: they cost a generation of every row, so `score` alone has them."""
+
+    def settled(self, job: JobConfig) -> "Task":
+        """The task with the settings that a job has for it; itself where it needs none."""
+        return self
 
     def splits(self, job: JobConfig, token: str | None = None) -> Splits:
         """The rows of a job, every cell that is read checked; raises DataError with file, row and reason."""
@@ -101,8 +110,15 @@ class Task(Protocol):
         return
 
     def collate(self, job: JobConfig, tokenizer: Any, config: Any) -> Collate | None:
-        """What is done to a batch before the model sees it; None: nothing."""
+        """What is done to a batch before the model sees it; None: nothing.
+
+        Raises ModelError: a tokenizer or a model (by its ``config``) that the task can't use.
+        """
         return None
+
+    def for_tokenizer(self, tokenizer: Any) -> "Task":
+        """The task, knowing of the tokens of the model that answers; itself, where `kept` needs to know nothing."""
+        return self
 
     def losses(self, outputs: Any, targets: "Tensor", smoothing: float) -> "Tensor":
         """The loss of every feature (features,), fp32, of a model's outputs against ``targets``, in nats.
@@ -111,7 +127,7 @@ class Task(Protocol):
         """
         ...
 
-    def weights(self, tokens: Tokens) -> np.ndarray:
+    def weights(self, tokens: Tokens, job: JobConfig) -> np.ndarray:
         """What every feature counts in a batch's mean, (features,) fp32: one, or how many targets it has."""
         if tokens.target_offsets is None:
             return np.ones(len(tokens), dtype=np.float32)
@@ -153,14 +169,28 @@ class Task(Protocol):
 
 
 def task_for(name: str) -> Task:
-    """The task of that name."""
+    """The task of that name, as it is without a job."""
+    from banjoray.tasks.embeddings import Embeddings
+    from banjoray.tasks.fill_mask import FillMask
+    from banjoray.tasks.question_answering import QuestionAnswering
     from banjoray.tasks.sequence_to_sequence import Summarization, Translation
     from banjoray.tasks.text_classification import TextClassification
     from banjoray.tasks.text_generation import TextGeneration
+    from banjoray.tasks.token_classification import TokenClassification
+    from banjoray.tasks.zero_shot import ZeroShot
 
-    tasks: dict[str, Task] = {TextClassification.name: TextClassification()}
-    tasks |= {Summarization.name: Summarization(), Translation.name: Translation()}
-    tasks |= {TextGeneration.name: TextGeneration()}
+    known: tuple[Task, ...] = (
+        TextClassification(),
+        TokenClassification(),
+        FillMask(),
+        QuestionAnswering(),
+        Summarization(),
+        Translation(),
+        TextGeneration(),
+        ZeroShot(),
+        Embeddings(),
+    )
+    tasks = {task.name: task for task in known}
     return tasks[name]
 
 
@@ -197,6 +227,16 @@ def whole_number(parameters: Mapping[str, Any], key: str, usual: int, least: int
         return usual
     if not isinstance(found, int) or isinstance(found, bool) or found < least:
         raise RequestError(f"parameters.{key}: found {found!r}; needed a whole number >= {least}")
+    return found
+
+
+def true_or_false(parameters: Mapping[str, Any], key: str, usual: bool) -> bool:
+    """A parameter that is true or false; ``usual`` where it is absent or null."""
+    found = parameters.get(key)
+    if found is None:
+        return usual
+    if not isinstance(found, bool):
+        raise RequestError(f"parameters.{key}: found {found!r}; needed true or false")
     return found
 
 

@@ -15,8 +15,8 @@ from banjoray.data.tokens import IGNORED, Feature, Features, Tokens
 from banjoray.errors import ConfigError, RequestError
 from banjoray.tasks.generation import write
 from banjoray.tasks.packing import apart, check_packing, packed
-from banjoray.tasks.settings import MOST_NEW_TOKENS, WRITING, Settings, read_asked, settled, switch
-from banjoray.tasks.task import Ask, Collate, Score, Seen, Task, only_known, text_of, whole_number
+from banjoray.tasks.settings import MOST_NEW_TOKENS, WRITING, Settings, read_asked, settled
+from banjoray.tasks.task import Ask, Collate, Score, Seen, Task, only_known, text_of, true_or_false, whole_number
 from banjoray.tasks.token_loss import WIDE, token_losses, token_metrics, token_sums
 
 if TYPE_CHECKING:
@@ -107,14 +107,14 @@ class TextGeneration(Task):
         if not prompts:
             raise RequestError("inputs: an empty list; needed a prompt or a list of prompts")
         only_known(parameters, _PARAMETERS, self.name)
-        if switch(parameters, "stream", False):
+        if true_or_false(parameters, "stream", False):
             raise RequestError("stream: found true; this endpoint sends whole answers, leave it out")
-        switch(parameters, "return_full_text", False)
+        true_or_false(parameters, "return_full_text", False)
         asked = read_asked(parameters, _WRITING, "parameters")
         settings = settled(
             asked,
             stop=_stops(parameters),
-            logprobs=switch(parameters, "details", False),
+            logprobs=true_or_false(parameters, "details", False),
             truncate=whole_number(parameters, "truncate", MOST_NEW_TOKENS),
         )
         rows = [
@@ -125,7 +125,7 @@ class TextGeneration(Task):
 
     def answer(self, ask: Ask, seen: Sequence[Seen], labels: Sequence[str], tokenizer: Any) -> Any:
         """A list with an object per prompt, also for a single one; what was written alone, unless asked otherwise."""
-        full = switch(ask.parameters, "return_full_text", False)
+        full = true_or_false(ask.parameters, "return_full_text", False)
         answers: list[dict[str, Any]] = []
         for row, asked in zip(seen, ask.rows, strict=True):
             found = row.outputs[0]

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar, get_args
 from banjoray.config.job import JobConfig
 from banjoray.config.train import AdapterConfig, Freeze, ScaleConfig, TrainConfig
 from banjoray.errors import ConfigError
+from banjoray.tasks.task import task_for
 
 Subject = TypeVar("Subject")
 
@@ -133,6 +134,11 @@ JOB_RULES: tuple[Rule[JobConfig], ...] = (
         lambda job: job.train.torch_compile == "on" and job.scale.strategy != "ddp",
         "train.torch_compile: found on with scale.strategy {0.scale.strategy}, whose hooks run between the layers; "
         "set train.torch_compile=off, or scale.strategy=ddp",
+    ),
+    Rule(
+        lambda job: job.cache.prefix == "always" and not task_for(job.task).steady,
+        "cache.prefix: found always with task {0.task}, which gives the model other words of a row in every epoch, so "
+        "that a frozen bottom's states can't be kept; set cache.prefix=auto",
     ),
 )
 

@@ -65,7 +65,7 @@ def _fit(
     # from_pretrained hands out models in evaluation mode, without dropout.
     model = start.model().train()
     ids = (part.streams["input_ids"] for part in (rows.train, rows.validation))
-    learned = Learned.of(model, narrow(model, ids))
+    learned = Learned.of(model, narrow(model, ids) if task.steady else None)
     if found and folder:
         load(model, folder, learned.vocabulary, found.position.decay)
     read_first_only(model)

@@ -53,7 +53,7 @@ def row_weights(job: JobConfig, task: Task, tokens: Tokens, labels: Sequence[str
     """
     wanted, targets = job.train.class_weights, np.asarray(tokens.targets)
     if wanted == "none":
-        return task.weights(tokens)
+        return task.weights(tokens, job)
     if not task.weighted:
         raise ConfigError(f"train.class_weights: found {wanted!r}; rows of {task.name} have no label, so needed none")
     if wanted == "balanced":

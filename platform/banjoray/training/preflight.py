@@ -8,6 +8,7 @@ from typing import Any
 import fsspec
 
 from banjoray.config.job import JobConfig, is_url
+from banjoray.data.profile import Profile, profile
 from banjoray.data.splits import Splits
 from banjoray.data.tokens import cached_tokens, token_cache
 from banjoray.errors import ConfigError
@@ -60,27 +61,30 @@ def prepare(job: JobConfig) -> Ready:
     token = use_hub(job.hub)
     quiet_libraries()
     check_places(job)
-    task = task_for(job.task)
+    task = task_for(job.task).settled(job)
     splits = task.splits(job, token)
     base = find_base(job.model, job.hub)
     tokenizer = load_tokenizer(base)
     config = base_config(base, job, splits.labels, tokenizer.pad_token_id)
+    # Here for its refusals; every worker makes its own.
+    task.collate(job, tokenizer, config)
     _check_length(job, config)
     task.check(job, tokenizer, config)
     drawing = sketch(config, task, job.model.trust_remote_code)
-    trainable, weights = _shaped(job, drawing)
+    trainable, weights = shaped(job, drawing)
     cache = token_cache(job)
     train = cached_tokens(splits.train, task, tokenizer, job.data, cache)
     validation = cached_tokens(splits.validation, task, tokenizer, job.data, cache)
     row_weights(job, task, train, splits.labels)
     if job.train.checkpoint_budget_gib:
         # As the loop does: checkpoints hold the words in use alone.
-        narrow(drawing, (part.streams["input_ids"] for part in (train, validation)))
+        if task.steady:
+            narrow(drawing, (part.streams["input_ids"] for part in (train, validation)))
         check_budget(job, count_weights(drawing)[0])
 
     def model() -> Any:
         loaded = load_for_training(base, config, task, job.train.seed)
-        _shaped(job, loaded)
+        shaped(job, loaded)
         return loaded
 
     return Ready(
@@ -100,7 +104,16 @@ def prepare(job: JobConfig) -> Ready:
     )
 
 
-def _shaped(job: JobConfig, model: Any) -> tuple[int, int]:
+def profiled(job: JobConfig) -> Profile:
+    """What a job's rows are like; raises ConfigError, DataError or ModelError as `prepare` does."""
+    token = use_hub(job.hub)
+    quiet_libraries()
+    task = task_for(job.task)
+    tokenizer = load_tokenizer(find_base(job.model, job.hub))
+    return profile(task.splits(job, token), task, tokenizer, job.data)
+
+
+def shaped(job: JobConfig, model: Any) -> tuple[int, int]:
     """Freeze, or put adapters in, as the job says; (trainable, all) as numbers of weights."""
     if job.adapter is None:
         return freeze_parameters(model, job.freeze)

@@ -5,15 +5,16 @@ from importlib.metadata import version as installed
 from pathlib import Path
 
 from banjoray.config.job import JobConfig
+from banjoray.config.train import MINIMISED
 from banjoray.errors import BrokenVersion, GateRefused
 from banjoray.registry import ModelVersion, Registry
 from banjoray.tasks.task import Score
 from banjoray.training.interface import FitResult
 from banjoray.training.preflight import Ready
 
-# A registered folder, loaded afresh, may differ from the run's own measurement by this much in any metric:
-# another batch shape rounds differently, which can turn a row that sits on the fence. Above 1 (a perplexity), as a
-# share of it.
+# A registered folder, loaded afresh, may differ from the run's own measurement by this much in any metric (of one
+# above 1, as a perplexity is, by this share of it): another batch shape rounds differently, which can turn a row that
+# sits on the fence.
 TOLERANCE = 2e-3
 
 
@@ -30,10 +31,15 @@ def gate_and_register(
     ``score`` loads a folder afresh and scores it on the validation rows. Raises GateRefused, BrokenVersion.
     """
     gate, measured = job.registry.gate, result.checkpoint.metrics
-    if measured[gate.metric] < gate.at_least:
+    found, most = measured[gate.metric], gate.at_most
+    if gate.metric in MINIMISED:
+        refused, needed = most is not None and not found <= most, f"at most {most}"
+    else:
+        refused, needed = not found >= gate.at_least, f"at least {gate.at_least}"
+    if refused:
         raise GateRefused(
-            f"registry.gate: {gate.metric} is {measured[gate.metric]:.4f}, needed at least {gate.at_least}; "
-            f"not registered. The model stays in {folder}."
+            f"registry.gate: {gate.metric} is {found:.4f}, needed {needed}; not registered. "
+            f"The model stays in {folder}."
         )
 
     def verify(staged: Path) -> dict[str, float]:

@@ -27,7 +27,7 @@ def score_folder(folder: Path, job: JobConfig, split: str, texts: bool = False) 
     """
     token = use_hub(job.hub)
     quiet_libraries()
-    task = task_for(job.task)
+    task = task_for(job.task).settled(job)
     model, tokenizer = load_trained(folder, task, job.model.trust_remote_code)
     labels = labels_of(model) if task.labelled else ()
     # In the model's order of labels: rows that have changed since may sort to another one.

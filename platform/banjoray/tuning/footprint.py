@@ -126,7 +126,8 @@ def shaped(job: JobConfig, ready: Ready) -> Shape:
 
         attach(model, job.adapter, job.freeze, job.train.seed)
     weights = count_weights(model)[1]
-    vocabulary = narrow(model, (part.streams["input_ids"] for part in (rows.train, rows.validation)))
+    ids = (part.streams["input_ids"] for part in (rows.train, rows.validation))
+    vocabulary = narrow(model, ids) if ready.task.steady else None
     return Shape(job, rows, model, vocabulary, weights)
 
 

@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +28,27 @@ from banjoray.training.strategies import choose_precision
 from banjoray.training.tracking import tracked
 from banjoray.training.workers import fit_on_ray, needs_group
 from banjoray.tuning.disk import Janitor, shared
+from banjoray.tuning.driver import Driver, folder_of
 from banjoray.tuning.importance import importances
 from banjoray.tuning.record import recorded
 from banjoray.tuning.space import STRUCTURAL, at_once, corner_jobs, search_of, told_values
-from banjoray.tuning.study import StudyResult, Trial
+from banjoray.tuning.study import StudyResult, Trial, Watch, in_lines
 from banjoray.tuning.trial import Report, history_of, run_trial
 from ray import tune as ray_tune
 
 Say = Callable[[str], None]
 
 
-def tune(job: JobConfig, say: Say = lambda line: None) -> StudyResult:
+def tune(job: JobConfig, watch: Watch | None = None, say: Say = lambda line: None) -> StudyResult:
     """Search ``job.tune.space``, register the best run of all trials with its trial id.
 
     The same job started again goes on with its unfinished study: finished trials are not run again, others go on from
-    their checkpoints. ``say`` gets a line per epoch of every trial. Raises ConfigError, DataError, ModelError before
-    anything starts; TrainingFailed if no trial finished an epoch, or if one met a bug; GateRefused.
+    their checkpoints. ``watch`` gets a `TrialMoment` whenever a trial begins, reports an epoch, or ends; without it,
+    ``say`` gets a line per epoch of every trial. Raises ConfigError, DataError, ModelError before anything starts;
+    TrainingFailed if no trial finished an epoch, or if one met a bug; GateRefused.
     """
-    search, job = search_of(job), job.anchored(Path.cwd())
+    job = job.anchored(Path.cwd())
+    search_of(job)
     prepare(job)
     for key, corner in corner_jobs(job):
         check(corner)
@@ -57,9 +59,11 @@ def tune(job: JobConfig, say: Say = lambda line: None) -> StudyResult:
         drawn_from = shared(job, together)
         if drawn_from != job:
             prepare(drawn_from)
-        keys = ", ".join(search.space)
         janitor = Janitor(job, together)
-        trials = _run_trials(drawn_from, study, _Driver(drawn_from, study, say, janitor), keys)
+        watch = watch or in_lines(say, job.train.metric)
+        driver = Driver(drawn_from, study.url, watch, janitor, needs_group(job))
+        say(_opening(drawn_from, study))
+        trials = _run_trials(drawn_from, study, driver)
         ranked = sorted(trials, key=lambda trial: _rank(trial, job))
         winner = ranked[0] if ranked else None
         if winner is None or winner.score is None:
@@ -99,7 +103,7 @@ def _rank(trial: Trial, job: JobConfig) -> tuple[bool, float]:
 
 
 def _folder(study: Run, trial: str) -> str:
-    return f"{study.url}/trials/{trial}"
+    return folder_of(study.url, trial)
 
 
 def _best(job: JobConfig, study: Run, trial: str) -> Checkpoint:
@@ -109,58 +113,26 @@ def _best(job: JobConfig, study: Run, trial: str) -> Checkpoint:
     return found
 
 
-class _Driver:
-    """What the driver knows of a study that goes on. Not saved with it, as Tune's own objects are."""
-
-    def __init__(self, job: JobConfig, study: Run, say: Say, janitor: Janitor) -> None:
-        self.job, self._study, self.say, self._janitor = job, study, say, janitor
-        self.bug: str | None = None
-
-    def ended(self, trial: str, others: Iterable[str]) -> None:
-        """Look at how a trial ended; make room. ``others`` are those that had ended before."""
-        folder = _folder(self._study, trial)
-        record = recorded(folder)
-        if record.failure is not None:
-            self.say(f"  trial {trial}  failed: {record.failure.reason}")
-        if needs_group(self.job):
-            # The workers of a group that is stopped work on for a moment, and keep no record themselves.
-            replace(record, history=history_of(folder)).save(folder)
-            self.tidy(others)
-        else:
-            self.tidy((trial, *others))
-
-    def tidy(self, trials: Iterable[str]) -> None:
-        """Make room on disk: of trials that have ended."""
-        self._janitor.tidy({trial: _folder(self._study, trial) for trial in trials})
-
-    def died(self, trial: str) -> None:
-        """Look at why a trial's process ended; raises TrainingFailed if that would break others too."""
-        failure = recorded(_folder(self._study, trial)).failure
-        self.say(f"  trial {trial}  failed: {failure.reason if failure else 'its process died'}")
-        if failure is not None:
-            # Out of Tune's loop: stopped by Tune, the trials that are left would count as done.
-            self.bug = f"trial {trial}: {failure.reason}"
-            raise TrainingFailed(self.bug)
-
-
 # The study that this process drives; the callback, which Tune pickles with a study, looks it up here: a restored one
 # has never seen this terminal.
-_driving: list[_Driver] = []
+_driving: list[Driver] = []
 
 
 class _Told(ray_tune.Callback):
-    """Passes on what trials report, a line per epoch, and how they end."""
+    """Passes on how trials begin, what they report, and how they end."""
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        """Called by Tune in the driver, again and again; of a study that goes on, some trials have ended before."""
+        if not _driving[-1].opened:
+            _driving[-1].open({one.trial_id: _values(one.config) for one in trials if one.status == "TERMINATED"})
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Called by Tune in the driver."""
+        _driving[-1].begun(trial.trial_id, _values(trial.config))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """Called by Tune in the driver."""
-        driver, metric = _driving[-1], _driving[-1].job.train.metric
-        if metric not in result:
-            return
-        values = ", ".join(
-            f"{key} {value:.2e}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in told_values(driver.job, _values(trial.config)).items()
-        )
-        driver.say(f"  trial {trial.trial_id}  epoch {result['epoch']}  {metric} {result[metric]:.4f}  ({values})")
+        _driving[-1].reported(trial.trial_id, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Called by Tune in the driver."""
@@ -175,16 +147,25 @@ class _Told(ray_tune.Callback):
         _driving[-1].died(trial.trial_id)
 
 
-def _run_trials(job: JobConfig, study: Run, driver: _Driver, keys: str) -> list[Trial]:
+def _record(study: Run) -> str:
+    """Where Tune keeps its own record of a study."""
+    return f"{study.url}/ray"
+
+
+def _opening(job: JobConfig, study: Run) -> str:
+    search, known = search_of(job), ray_tune.Tuner.can_restore(_record(study))
+    verb, keys = "continuing" if known else "starting", ", ".join(search.space)
+    return f"{verb} study {study.id}: {search.points} trials over {keys}, {_at_once(job)} at a time"
+
+
+def _run_trials(job: JobConfig, study: Run, driver: Driver) -> list[Trial]:
     # How old Tune's record of a study may be, in seconds; it takes 10 and more unless told.
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "1"
     # A trial whose losses are no numbers ends without a report, which Tune would take for a mistake in the program.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
-    record = f"{study.url}/ray"
+    record = _record(study)
     trainable = ray_tune.with_resources(_trial(job, study), _resources(job))
     known = ray_tune.Tuner.can_restore(record)
-    verb = "continuing" if known else "starting"
-    driver.say(f"{verb} study {study.id}: {search_of(job).points} trials over {keys}, {_at_once(job)} at a time")
     tuner = ray_tune.Tuner.restore(record, trainable, resume_errored=True) if known else _tuner(job, study, trainable)
     _driving.append(driver)
     try:

@@ -1,7 +1,57 @@
-"""A search and its trials, as plain values."""
+"""A search and its trials, as plain values: while it goes on, and what it leaves behind."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class TrialMoment:
+    """How far a trial is, for people who watch a study.
+
+    ``epoch`` of ``epochs`` is the last one that is finished (0: none since it was started) and ``score`` what it
+    reached; ``best`` is the trial's best at any epoch (None: it has no score). ``seconds`` are its own, over all
+    starts. ``states`` says what became of the states of a frozen bottom: computed, read, or nothing. ``reason`` is why
+    it failed; ``earlier``: it had ended when a study that was stopped went on.
+    """
+
+    trial: str
+    values: dict[str, Any]
+    epochs: int
+    epoch: int = 0
+    score: float | None = None
+    best: float | None = None
+    seconds: float = 0.0
+    states: str = ""
+    status: Literal["running", "done", "stopped", "failed"] = "running"
+    reason: str = ""
+    earlier: bool = False
+
+    def line(self, metric: str) -> str:
+        """What a log gets of it: finished epochs and failures; empty for anything else."""
+        if self.earlier:
+            return ""
+        if self.status == "failed":
+            return f"  trial {self.trial}  failed: {self.reason}"
+        if self.status != "running" or self.score is None:
+            return ""
+        values = ", ".join(
+            f"{key} {value:.2e}" if isinstance(value, float) else f"{key} {value}" for key, value in self.values.items()
+        )
+        return f"  trial {self.trial}  epoch {self.epoch}  {metric} {self.score:.4f}  ({values})"
+
+
+Watch = Callable[[TrialMoment], object]
+
+
+def in_lines(say: Callable[[str], object], metric: str) -> Watch:
+    """A watcher that says a line per epoch and per failure of every trial."""
+
+    def watch(moment: TrialMoment) -> None:
+        if line := moment.line(metric):
+            say(line)
+
+    return watch
 
 
 @dataclass(frozen=True)

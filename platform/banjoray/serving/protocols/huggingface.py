@@ -27,7 +27,13 @@ def parse(body: bytes, task: Task, max_rows: int) -> Ask:
     if isinstance(inputs, list) and len(inputs) > max_rows:
         raise RequestError(f"inputs: found {len(inputs)} rows; this endpoint takes {max_rows} in one request", 413)
     beside = {key: value for key, value in request.items() if key not in ("inputs", "parameters", "options")}
-    return task.parse(inputs, beside | (parameters or {}))
+    ask = task.parse(inputs, beside | (parameters or {}))
+    if len(ask.rows) > max_rows:
+        # Of a text and many labels, say.
+        raise RequestError(
+            f"inputs: {len(ask.rows)} rows to compute; this endpoint takes {max_rows} in one request", 413
+        )
+    return ask
 
 
 def _no_number(constant: str) -> Any:

@@ -1,0 +1,177 @@
+"""What a data set holds, looked at before training: labels, lengths, rows that repeat, contradict or leak."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from banjoray.config.job import DataConfig
+from banjoray.data.splits import Split, Splits
+from banjoray.data.tokens import Encoder, tokenise
+
+# Longer than any row: lengths are told as they are, not as they are cut.
+UNCUT = 2**30
+BINS = 20
+# Rows that are named of every finding.
+NAMED = 5
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens per row, special ones included, before anything is cut.
+
+    ``counts[i]`` rows are ``edges[i]`` to ``edges[i + 1]`` tokens long; ``over`` are longer than data.max_length.
+    """
+
+    shortest: int
+    median: float
+    p95: float
+    longest: int
+    over: int
+    edges: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rows that have something in common: how many there are, and the numbers of the first few, from 1."""
+
+    rows: int
+    first: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SplitProfile:
+    """What one split holds.
+
+    ``labels`` counts how often each label is to be found. ``repeated`` are rows whose text stood in an earlier row,
+    with the same label or without one; ``contradicting`` those whose text has another label in another row.
+    """
+
+    name: str
+    rows: int
+    labels: Mapping[str, int]
+    lengths: Lengths
+    repeated: Found
+    contradicting: Found
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many rows of ``second`` have a text that stands in ``first`` too."""
+
+    first: str
+    second: str
+    found: Found
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A job's data: each split, what they share, and where rows are cut (tokens)."""
+
+    splits: tuple[SplitProfile, ...]
+    overlaps: tuple[Overlap, ...]
+    max_length: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return asdict(self)
+
+
+def profile(splits: Splits, task: Encoder, tokenizer: Any, data: DataConfig) -> Profile:
+    """The profile of a job's splits; ``data`` are the job's settings (a DataConfig)."""
+    uncut = data.model_copy(update={"max_length": UNCUT})
+    there = [split for split in (splits.train, splits.validation, splits.test) if split is not None]
+    keys = {split.name: _keys(split) for split in there}
+    told, most = [], 1
+    measured = []
+    for split in there:
+        tokens = tokenise(split, task, tokenizer, uncut)
+        lengths = np.bincount(tokens.rows, tokens.lengths).astype(int) if tokens.rows is not None else tokens.lengths
+        measured.append((split, tokens, lengths))
+        most = max(most, int(lengths.max()))
+    edges = np.unique(np.linspace(0, most, BINS + 1).round().astype(int))
+    for split, tokens, lengths in measured:
+        targets = np.asarray(tokens.targets)
+        told.append(
+            SplitProfile(
+                split.name,
+                len(split),
+                _counted(targets, splits.labels),
+                _lengths(lengths, edges, data.max_length),
+                _repeated(keys[split.name], split.targets),
+                _contradicting(keys[split.name], split.targets),
+            )
+        )
+    overlaps = tuple(
+        Overlap(first, second, _named(np.flatnonzero(np.isin(keys[second], keys[first]))))
+        for first, second in combinations(keys, 2)
+    )
+    return Profile(tuple(told), overlaps, data.max_length)
+
+
+def _keys(split: Split) -> np.ndarray:
+    """A short digest of every row's text, (rows,): of all its columns, letters lowered, blanks joined."""
+    found: list[bytes] = []
+    for batch in split.batches(4096):
+        cells = [batch[column] for column in split.columns]
+        for row in zip(*cells, strict=True):
+            plain = [" ".join(cell.lower().split()) if isinstance(cell, str) else cell for cell in row]
+            text = json.dumps(plain, ensure_ascii=False, default=str)
+            found.append(hashlib.blake2b(text.encode(), digest_size=12).digest())
+    return np.array(found, dtype="S12")
+
+
+def _counted(targets: np.ndarray, labels: Sequence[str]) -> dict[str, int]:
+    if not labels or targets.ndim > 1 or not np.issubdtype(targets.dtype, np.integer):
+        return {}
+    counts = np.bincount(targets[targets >= 0], minlength=len(labels))
+    return {label: int(count) for label, count in zip(labels, counts, strict=True)}
+
+
+def _lengths(lengths: np.ndarray, edges: np.ndarray, max_length: int) -> Lengths:
+    counts, _ = np.histogram(lengths, bins=edges)
+    return Lengths(
+        int(lengths.min()),
+        float(np.median(lengths)),
+        float(np.quantile(lengths, 0.95)),
+        int(lengths.max()),
+        int((lengths > max_length).sum()),
+        tuple(map(int, edges)),
+        tuple(map(int, counts)),
+    )
+
+
+def _repeated(keys: np.ndarray, targets: np.ndarray | None) -> Found:
+    seen: set[Any] = set()
+    rows = []
+    for number, key in enumerate(keys.tolist()):
+        row = (key, _label(targets, number))
+        if row in seen:
+            rows.append(number)
+        seen.add(row)
+    return _named(np.array(rows, dtype=int))
+
+
+def _contradicting(keys: np.ndarray, targets: np.ndarray | None) -> Found:
+    if targets is None:
+        return Found(0, ())
+    labels: dict[bytes, set[Any]] = {}
+    for number, key in enumerate(keys.tolist()):
+        labels.setdefault(key, set()).add(_label(targets, number))
+    return _named(np.array([number for number, key in enumerate(keys.tolist()) if len(labels[key]) > 1], dtype=int))
+
+
+def _label(targets: np.ndarray | None, number: int) -> Any:
+    if targets is None:
+        return None
+    found = targets[number].tolist()
+    return tuple(found) if isinstance(found, list) else found
+
+
+def _named(rows: np.ndarray) -> Found:
+    return Found(len(rows), tuple(int(row) + 1 for row in rows[:NAMED]))

@@ -1,0 +1,116 @@
+"""Files are answered as requests are, in order, and a bad row fails alone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from banjoray.config.job import JobConfig
+from banjoray.errors import ConfigError, DataError, RegistryError
+from banjoray.registry import ModelVersion
+from banjoray.serving.batch import Predicted, answered, predict
+from banjoray.serving.engine import Engine
+from engines import ask, engine_of, registered
+from factories import sample_rows
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+Trained = tuple[JobConfig, ModelVersion, Engine]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, lively_job: Callable[..., JobConfig]) -> Trained:
+    job = lively_job(tmp_path_factory.mktemp("predict"), train__epochs=2)
+    version = registered(job)
+    return job, version, engine_of(job, version)
+
+
+def told(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def predicted(trained: Trained, file: Path, output: Path, **parameters: Any) -> Predicted:
+    job, version, _ = trained
+    return predict(str(version), str(file), str(output), job.registry.root, parameters)
+
+
+def test_every_row_of_a_long_file_gets_the_endpoints_answer_in_order(tmp_path: Path, trained: Trained) -> None:
+    texts = [f"{row['text']} {number % 7}" for number, row in enumerate(sample_rows("train") * 3)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"id": number, "text": text}) + "\n" for number, text in enumerate(texts)))
+    found = predicted(trained, file, tmp_path / "out.jsonl", top_k=2)
+    assert (found.rows, found.failed, found.version) == (len(texts), 0, str(trained[1]))
+    lines = told(tmp_path / "out.jsonl")
+    assert [line["row"] for line in lines] == list(range(1, len(texts) + 1))
+    picked = range(0, len(texts), 97)
+    alone = [ask(trained[2], {"inputs": [texts[number]], "parameters": {"top_k": 2}}) for number in picked]
+    for number, expected in zip(picked, alone, strict=True):
+        (answer,) = lines[number]["answer"]
+        assert [entry["label"] for entry in answer] == [entry["label"] for entry in expected[0]]
+        assert [entry["score"] for entry in answer] == pytest.approx(
+            [entry["score"] for entry in expected[0]], abs=1e-5
+        )
+
+
+def test_a_bad_row_is_written_with_its_error_and_the_rest_go_on(tmp_path: Path, trained: Trained) -> None:
+    file = tmp_path / "rows.jsonl"
+    good = json.dumps({"text": "i am so happy"}).encode()
+    bad = [b"{broken", b'{"text": "\xff\xfe"}', b'{"text": 7}', b'{"words": "x"}', b'{"text": "  "}', b"", b'["x"]']
+    file.write_bytes(b"\n".join([good, *bad, good]) + b"\n")
+    found = predicted(trained, file, tmp_path / "out.jsonl")
+    lines = told(tmp_path / "out.jsonl")
+    assert (found.rows, found.failed) == (9, 7)
+    assert lines[0]["answer"] == lines[8]["answer"]
+    errors = [line["error"] for line in lines[1:8]]
+    assert [error.split(";")[0].split(" (")[0] for error in errors[:3]] == [
+        "not JSON",
+        "not UTF-8",
+        "inputs: found int",
+    ]
+    assert errors[3].startswith("none of the columns 'text'")
+    assert "nothing but blanks" in errors[4]
+    assert errors[5].startswith("not JSON")
+    assert errors[6] == "found list; needed an object with columns"
+    assert found.first_errors[0] == f"row 2: {errors[0]}"
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "parquet"])
+def test_every_kind_of_file_is_read(tmp_path: Path, trained: Trained, kind: str) -> None:
+    import datasets
+
+    texts = ["i am so happy", 'naïve, "quoted" café 😀', "leave me alone"]
+    file = tmp_path / f"rows.{kind}"
+    rows = datasets.Dataset.from_dict({"text": texts})
+    match kind:
+        case "txt":
+            file.write_text("\n".join(texts) + "\n", encoding="utf-8")
+        case "csv":
+            rows.to_csv(str(file), index=False)
+        case "parquet":
+            rows.to_parquet(str(file))
+    assert predicted(trained, file, tmp_path / "out.jsonl").failed == 0
+    labels = [line["answer"][0][0]["label"] for line in told(tmp_path / "out.jsonl")]
+    assert labels == [answer[0]["label"] for answer in ask(trained[2], {"inputs": texts})]
+
+
+def test_what_is_wrong_with_the_question_is_said_and_nothing_is_written(tmp_path: Path, trained: Trained) -> None:
+    job, version, _ = trained
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n')
+    out = str(tmp_path / "out.jsonl")
+    with pytest.raises(DataError, match="no file"):
+        predict(str(version), str(tmp_path / "gone.jsonl"), out, job.registry.root)
+    with pytest.raises(DataError, match=r"of no known kind; needed one of \.jsonl"):
+        predict(str(version), str(tmp_path / "rows.xlsx"), out, job.registry.root)
+    with pytest.raises(ConfigError, match="there is no folder"):
+        predict(str(version), str(file), str(tmp_path / "no" / "out.jsonl"), job.registry.root)
+    with pytest.raises(RegistryError):
+        predict("tiny@99", str(file), out, job.registry.root)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_parameter_that_the_task_does_not_have_is_every_rows_error(trained: Trained) -> None:
+    lines = answered(trained[2], ["a", "b"], {"topk": 1})
+    assert [line["error"].split(";")[0] for line in lines] == ["parameters: unknown ['topk']"] * 2

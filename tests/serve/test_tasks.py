@@ -1,0 +1,167 @@
+"""Every task over HTTP, asked by Hugging Face's own client: what it reads is what the engine says in this process."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import InferenceClient
+
+from banjoray.config.job import JobConfig
+from banjoray.registry import Registry
+from banjoray.serving.app import serving
+from banjoray.serving.engine import Engine
+from engines import ask, engine_of, registered
+from factories import make_job
+from masked import masked_job
+from pairs import nli_job
+from questions import base, job_of, rows
+from serve.trained import free_port
+from tagged import tagging_job
+from writers import writing_job
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+TEXT = "i was in the dark when you saw my old car"
+JOBS: dict[str, Callable[[Path], JobConfig]] = {
+    "text-classification": make_job,
+    "token-classification": tagging_job,
+    "question-answering": lambda folder: job_of(folder, base(folder / "base", "bert"), rows(16, 1), rows(8, 2)),
+    "fill-mask": masked_job,
+    "zero-shot-classification": nli_job,
+    "feature-extraction": lambda folder: nli_job(
+        folder, task="feature-extraction", train__metric="mrr", registry__gate__metric="mrr"
+    ),
+    "summarization": lambda folder: writing_job(folder, "summarization", "bart"),
+    "translation": lambda folder: writing_job(folder, "translation", "t5"),
+    "text-generation": lambda folder: writing_job(folder, "text-generation", "gpt2"),
+}
+
+
+class Served:
+    """All tasks behind one address, each at a path of its name, and their engines in this process."""
+
+    def __init__(self, url: str, engines: dict[str, Engine]) -> None:
+        self._url, self._engines = url, engines
+
+    def client(self, task: str) -> InferenceClient:
+        return InferenceClient(model=f"{self._url}/{task}/models/{task}")
+
+    def ask(self, task: str, inputs: Any, **parameters: Any) -> Any:
+        return ask(self._engines[task], {"inputs": inputs, "parameters": parameters})
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("tasks")
+    root, engines, applications = str(folder / "registry"), {}, []
+    for task, job_for in JOBS.items():
+        values = {"train.epochs": 1, "registry.root": root, "registry.model": task}
+        job = job_for(folder / task).with_values(values)
+        version = registered(job)
+        Registry(root).promote(task, version.version, "production")
+        engines[task] = engine_of(job, version)
+        applications.append(
+            {
+                "name": task,
+                "route_prefix": f"/{task}",
+                "import_path": "banjoray.serving.app:build",
+                "args": {"model": f"{task}@production", "registry": root},
+                "deployments": [{"name": "Endpoint", "ray_actor_options": {"num_cpus": 0.1}}],
+            }
+        )
+    file = folder / "serve.yaml"
+    file.write_text(yaml.safe_dump({"applications": applications}))
+    with serving(file, free_port(), print) as url:
+        yield Served(url, engines)
+
+
+def plain(found: Any) -> Any:
+    """What the client made of an answer, as plain values; what it adds and the answer did not have left out."""
+    if isinstance(found, list):
+        return [plain(one) for one in found]
+    told = asdict(found) if is_dataclass(found) and not isinstance(found, type) else found
+    return {key: value for key, value in told.items() if value is not None} if isinstance(told, dict) else told
+
+
+def near(expected: Any) -> Any:
+    """The same, with numbers that may differ by rounding: a replica's batches are others."""
+    if isinstance(expected, list):
+        return [near(one) for one in expected]
+    if isinstance(expected, dict):
+        return {key: near(value) for key, value in expected.items()}
+    return pytest.approx(expected, abs=1e-5) if isinstance(expected, float) else expected
+
+
+def test_text_classification(served: Served) -> None:
+    found = served.client("text-classification").text_classification(TEXT, top_k=3)
+    assert plain(found) == near(served.ask("text-classification", TEXT, top_k=3)[0])
+    assert len(found) == 3
+
+
+def test_token_classification(served: Served) -> None:
+    text = "Ada Lund meets Bo in New Ulm today ."
+    found = served.client("token-classification").token_classification(text, aggregation_strategy="simple")
+    expected = served.ask("token-classification", text, aggregation_strategy="simple")
+    assert plain(found) == near(expected)
+
+
+def test_question_answering(served: Served) -> None:
+    row = rows(1, 7)[0]
+    client = served.client("question-answering")
+    inputs = {"question": row["question"], "context": row["context"]}
+    found = client.question_answering(**inputs)
+    assert plain(found) == near(served.ask("question-answering", inputs))
+    assert row["context"][found.start : found.end] == found.answer  # type: ignore[union-attr]
+    several = client.question_answering(**inputs, top_k=3)
+    assert plain(several) == near(served.ask("question-answering", inputs, top_k=3))
+
+
+def test_fill_mask(served: Served) -> None:
+    text = "i was in the [MASK] when you saw my old car"
+    found = served.client("fill-mask").fill_mask(text, top_k=4)
+    assert plain(found) == near(served.ask("fill-mask", text, top_k=4))
+    assert len(found) == 4
+
+
+def test_zero_shot_classification(served: Served) -> None:
+    labels = ["sea", "home", "school"]
+    found = served.client("zero-shot-classification").zero_shot_classification(TEXT, labels, multi_label=True)
+    asked = {"candidate_labels": labels, "multi_label": True}
+    assert plain(found) == near(served.ask("zero-shot-classification", TEXT, **asked))
+
+
+def test_feature_extraction(served: Served) -> None:
+    client = served.client("feature-extraction")
+    found = client.feature_extraction(TEXT, normalize=False)
+    assert found.tolist() == near(served.ask("feature-extraction", TEXT, normalize=False))
+
+
+def test_sentence_similarity(served: Served) -> None:
+    others = ["my old car", "we saw the sea again"]
+    found = served.client("feature-extraction").sentence_similarity(TEXT, others)
+    inputs = {"source_sentence": TEXT, "sentences": others}
+    assert found == near(served.ask("feature-extraction", inputs))
+
+
+def test_summarization(served: Served) -> None:
+    found = served.client("summarization").summarization("one two three")
+    assert plain(found) == served.ask("summarization", "one two three")[0]
+
+
+def test_translation(served: Served) -> None:
+    found = served.client("translation").translation("one two three")
+    assert plain(found) == served.ask("translation", "one two three")[0]
+
+
+def test_text_generation(served: Served) -> None:
+    client = served.client("text-generation")
+    found = client.text_generation("one two", max_new_tokens=4)
+    expected = served.ask("text-generation", "one two", max_new_tokens=4)
+    assert found == expected[0]["generated_text"]
+    told = client.text_generation("one two", max_new_tokens=4, details=True)
+    assert told.generated_text == found
+    assert told.details is not None
+    assert told.details.generated_tokens == len(told.details.tokens)
