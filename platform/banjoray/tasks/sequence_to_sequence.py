@@ -8,33 +8,28 @@ BLEU and chrF, is computed by `score` alone: it costs a pass through the decoder
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from banjoray.config.job import DataConfig, JobConfig
 from banjoray.data.splits import Split, Splits, plain_splits
-from banjoray.data.tokens import IGNORED, Feature, Features, Tokens
+from banjoray.data.tokens import IGNORED, Features, Tokens
 from banjoray.errors import ConfigError, RequestError
-from banjoray.tasks.generation import write
 from banjoray.tasks.languages import knows_languages, speaking, starting_in, why_unknown
 from banjoray.tasks.settings import WRITING, Settings, read_asked, settled
-from banjoray.tasks.task import Ask, Collate, Score, Seen, Task, only_known, text_of, true_or_false
+from banjoray.tasks.task import Ask, Collate, Seen, only_known, text_of, true_or_false
 from banjoray.tasks.text_metrics import ROUGE, TRANSLATION, bleu_and_chrf, rouge
-from banjoray.tasks.token_loss import WIDE, token_losses, token_metrics, token_sums
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from banjoray.tasks.token_loss import WIDE
+from banjoray.tasks.writer import Writer
 
 _TRUNCATION = ("do_not_truncate", "longest_first", "only_first", "only_second")
 
 
-class SequenceToSequence(Task):
+class SequenceToSequence(Writer):
     """Texts from texts, by ``AutoModelForSeq2SeqLM``; the rows are data.columns.text and data.columns.target."""
 
     auto_model = "AutoModelForSeq2SeqLM"
-    metrics: tuple[str, ...] = ("loss", "perplexity")
-    generates = True
     answers_as: str
     """The key of an answer's text."""
     parameters: tuple[str, ...] = ("generate_parameters", "clean_up_tokenization_spaces", "truncation")
@@ -108,31 +103,10 @@ class SequenceToSequence(Task):
 
         return told
 
-    def losses(self, outputs: Any, targets: "Tensor", smoothing: float) -> "Tensor":
-        """The mean cross-entropy of every row's target tokens."""
-        return token_losses(outputs.logits, targets, smoothing)
-
     def sizes(self, tokens: Tokens) -> np.ndarray:
         """Source and target together, for the width of the logits."""
         assert tokens.target_offsets is not None
         return (tokens.lengths + np.diff(tokens.target_offsets)) * WIDE
-
-    def kept(self, outputs: Any, inputs: "Mapping[str, Tensor]", targets: "Tensor | None") -> list[np.ndarray]:
-        """Of every row (2,): the summed cross-entropy of its target tokens, and how many they are."""
-        assert targets is not None
-        return token_sums(outputs.logits, targets)
-
-    def score(self, outputs: Sequence[np.ndarray], tokens: Tokens, rows: Split, labels: Sequence[str]) -> Score:
-        """Cross-entropy per target token, and perplexity."""
-        return Score(token_metrics(outputs))
-
-    def generate(self, model: Any, features: Sequence[Feature], tokenizer: Any) -> list[np.ndarray]:
-        """The tokens of what is written for every feature, the one that ends it too."""
-        return write(model, features, tokenizer)
-
-    def probe(self, tokenizer: Any) -> Feature:
-        """A text for which one token is written."""
-        return Feature({"input_ids": [tokenizer.pad_token_id] * 8}, settings=Settings((("max_new_tokens", 1),)))
 
     def text_score(self, written: Sequence[np.ndarray], rows: Split, tokenizer: Any) -> dict[str, float]:
         """`text_metrics` of what was written beside data.columns.target, the whole of it."""

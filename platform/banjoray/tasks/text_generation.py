@@ -5,22 +5,18 @@ with a target those of the target and the token that ends it. No metric needs wh
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from banjoray.config.job import DataConfig, JobConfig
-from banjoray.data.splits import Split, Splits, named_columns, plain_splits
-from banjoray.data.tokens import IGNORED, Feature, Features, Tokens
+from banjoray.data.splits import Splits, named_columns, plain_splits
+from banjoray.data.tokens import IGNORED, Features
 from banjoray.errors import ConfigError, RequestError
-from banjoray.tasks.generation import write
 from banjoray.tasks.packing import apart, check_packing, packed
 from banjoray.tasks.settings import MOST_NEW_TOKENS, WRITING, Settings, read_asked, settled
-from banjoray.tasks.task import Ask, Collate, Score, Seen, Task, only_known, text_of, true_or_false, whole_number
-from banjoray.tasks.token_loss import WIDE, token_losses, token_metrics, token_sums
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from banjoray.tasks.task import Ask, Collate, Seen, only_known, text_of, true_or_false, whole_number
+from banjoray.tasks.writer import Writer
 
 # max_length and min_length would count the prompt, with whatever padding stands beside it.
 _WRITING = tuple(name for name in WRITING if name not in ("max_length", "min_length"))
@@ -29,13 +25,11 @@ _PARAMETERS = (*_WRITING, "return_full_text", "stop", "stop_sequences", "details
 MOST_STOPS = 4
 
 
-class TextGeneration(Task):
+class TextGeneration(Writer):
     """Texts that go on, by ``AutoModelForCausalLM``; rows are data.columns.text, and data.columns.target if named."""
 
     name = "text-generation"
     auto_model = "AutoModelForCausalLM"
-    metrics: tuple[str, ...] = ("loss", "perplexity")
-    generates = True
 
     def splits(self, job: JobConfig, token: str | None = None) -> Splits:
         """Texts to go on with, or prompts and what should follow."""
@@ -75,31 +69,6 @@ class TextGeneration(Task):
     def collate(self, job: JobConfig, tokenizer: Any, config: Any) -> Collate | None:
         """Where texts share blocks: a mask by which every token sees those before it of its own text."""
         return apart if job.data.packing else None
-
-    def losses(self, outputs: Any, targets: "Tensor", smoothing: float) -> "Tensor":
-        """The mean cross-entropy of every feature's targets."""
-        return token_losses(outputs.logits, targets, smoothing)
-
-    def sizes(self, tokens: Tokens) -> np.ndarray:
-        """The tokens, for the width of the logits."""
-        return tokens.lengths * WIDE
-
-    def kept(self, outputs: Any, inputs: "Mapping[str, Tensor]", targets: "Tensor | None") -> list[np.ndarray]:
-        """Of every feature (2,): the summed cross-entropy of its targets, and how many they are."""
-        assert targets is not None
-        return token_sums(outputs.logits, targets)
-
-    def score(self, outputs: Sequence[np.ndarray], tokens: Tokens, rows: Split, labels: Sequence[str]) -> Score:
-        """Cross-entropy per token, and perplexity."""
-        return Score(token_metrics(outputs))
-
-    def generate(self, model: Any, features: Sequence[Feature], tokenizer: Any) -> list[np.ndarray]:
-        """The tokens that follow every feature, the one that ends them too, and their log-probabilities if wanted."""
-        return write(model, features, tokenizer)
-
-    def probe(self, tokenizer: Any) -> Feature:
-        """A prompt that one token is written for."""
-        return Feature({"input_ids": [tokenizer.pad_token_id] * 8}, settings=Settings((("max_new_tokens", 1),)))
 
     def parse(self, inputs: Any, parameters: Mapping[str, Any]) -> Ask:
         """A prompt or a list of prompts, with the parameters of text-generation-inference that have a meaning here."""
