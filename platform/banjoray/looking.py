@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from banjoray.errors import ConfigError
-from banjoray.terminal import AsJson, JobFile, Overrides, RegistryRoot, answer, job_of, quietly, saying, terminal
+from banjoray.terminal import (
+    AsJson,
+    JobFile,
+    Overrides,
+    RegistryRoot,
+    answer,
+    job_of,
+    quietly,
+    saying,
+    terminal,
+    write_page,
+)
 
 
 def check(files: Annotated[list[Path], typer.Argument(help="Job files or serve configs.", show_default=False)]) -> None:
@@ -48,7 +59,7 @@ def data(
 
     found = quietly(lambda: profiled(job))
     if page:
-        page.write_text(profile_page(job.name, found), encoding="utf-8")
+        write_page(page, profile_page(job.name, found))
     answer(found.to_json(), as_json, *profile_lines(found), *([f"page  {page}"] if page else []))
 
 
@@ -75,7 +86,7 @@ def inspect(
 
     found = quietly(lambda: run(target, registry, values, text))
     if attention:
-        attention.write_text(quietly(lambda: attention_page(found)), encoding="utf-8")
+        write_page(attention, quietly(lambda: attention_page(found)))
     answer(found.to_json(), as_json, *inspection_lines(found), *([f"attention  {attention}"] if attention else []))
 
 

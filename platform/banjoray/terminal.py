@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from banjoray.errors import BanjorayError
+from banjoray.errors import BanjorayError, ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -100,3 +100,11 @@ def job_of(file: Path, values: list[str]) -> Any:
     from banjoray.config.job import load_job
 
     return load_job(file, values)
+
+
+def write_page(path: Path, page: str) -> None:
+    """A page where it was asked for; raises ConfigError if it can't be written there."""
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be written ({error.strerror})") from None

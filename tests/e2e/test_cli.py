@@ -215,3 +215,9 @@ def test_nothing_a_user_did_wrong_shows_a_traceback_and_a_bug_of_ours_does() -> 
     )
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
+
+
+def test_a_page_that_cannot_be_written_is_one_line_too(call: Call) -> None:
+    done = call("data", "job.yaml", "--page", "no/such/folder/data.html")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == ["error: no/such/folder/data.html: can't be written (No such file or directory)"]

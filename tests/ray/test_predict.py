@@ -104,6 +104,8 @@ def test_what_is_wrong_with_the_question_is_said_and_nothing_is_written(tmp_path
         predict(str(version), str(tmp_path / "gone.jsonl"), out, job.registry.root)
     with pytest.raises(DataError, match=r"of no known kind; needed one of \.jsonl"):
         predict(str(version), str(tmp_path / "rows.xlsx"), out, job.registry.root)
+    with pytest.raises(DataError, match="behind no known protocol"):
+        predict(str(version), "nowhere://rows.jsonl", out, job.registry.root)
     with pytest.raises(ConfigError, match="there is no folder"):
         predict(str(version), str(file), str(tmp_path / "no" / "out.jsonl"), job.registry.root)
     with pytest.raises(RegistryError):

@@ -29,6 +29,7 @@ from banjoray.training.learned import ROWS as NARROWED
 from banjoray.training.learned import WEIGHTS
 from banjoray.training.loop import fit
 from banjoray.training.objective import Objective
+from banjoray.training.prefix_cache import kept_prefix
 from banjoray.training.preflight import prepare
 from banjoray.tuning.plan import plan
 from engines import registered
@@ -159,7 +160,7 @@ def test_kept_states_are_refused_and_the_plan_says_why_there_are_none(job: JobCo
         plan(always)
     (frozen,) = plan(job.with_values({"freeze": "backbone", "train.epochs": 50})).freezes
     assert (frozen.keep, frozen.prefix_bytes) == (False, 0)
-    assert frozen.reason == "fill-mask gives the model other words of a row in every epoch"
+    assert frozen.reason == "fill-mask gives the model a row in other ways than by its words alone"
 
 
 def tokens_for(job: JobConfig, texts: list[str]) -> Tokens:
@@ -330,3 +331,15 @@ def test_a_run_on_twice_as_many_microbatches_is_the_same_run(job: JobConfig, tmp
         told.append(result.checkpoint.metrics)
     assert len(ready.rows.train) == ROWS
     assert told[0] == pytest.approx(told[1], rel=1e-4)
+
+
+def test_a_frozen_bottom_runs_without_dropout_though_no_states_are_kept(job: JobConfig) -> None:
+    frozen = job.with_values({"freeze": {"layers": 1}, "model.dropout": 0.5})
+    ready = prepare(frozen)
+    model = ready.start.model().train()
+    assert kept_prefix(frozen, model, ready.rows, False, []) is None
+    silent = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    below = {name for name in silent if "embeddings" in name or ".layer.0." in name}
+    assert below
+    assert {silent[name] for name in below} == {0.0}
+    assert {silent[name] for name in silent.keys() - below} == {0.5}

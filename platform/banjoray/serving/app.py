@@ -31,34 +31,22 @@ from ray import serve
 
 api = FastAPI(title="banjoray", description="Answers of one registered model version.")
 
-_TEXT = {"type": "string", "example": "what a lovely surprise"}
-_PAIR = {"type": "object", "required": ["text"], "properties": {"text": _TEXT, "text_pair": {"type": "string"}}}
-_ROW = {"anyOf": [_TEXT, _PAIR]}
+# Which shapes there are depends on the task; GET / names it.
+_INPUTS = (
+    "A text, a list of texts, or objects: text and text_pair, question and context, source_sentence and sentences."
+)
 _BODY = {
     "type": "object",
     "required": ["inputs"],
     "properties": {
-        "inputs": {"anyOf": [_TEXT, _PAIR, {"type": "array", "items": _ROW, "minItems": 1}]},
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "top_k": {"type": "integer", "minimum": 1, "nullable": True},
-                "function_to_apply": {"enum": ["softmax", "sigmoid", "none"]},
-            },
-        },
-    },
-}
-_ANSWER = {
-    "type": "array",
-    "items": {
-        "type": "array",
-        "items": {"type": "object", "properties": {"label": {"type": "string"}, "score": {"type": "number"}}},
+        "inputs": {"description": _INPUTS, "example": "what a lovely surprise"},
+        "parameters": {"type": "object", "description": "As the task has them; an unknown one is refused by name."},
     },
 }
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}}
 _DOCUMENTED: dict[str, Any] = {
     "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": _BODY}}}},
-    "responses": {200: {"description": "One list per row.", "content": {"application/json": {"schema": _ANSWER}}}}
+    "responses": {200: {"description": "As Hugging Face's client reads the task.", "content": {"application/json": {}}}}
     | {
         status: {"description": text, "content": {"application/json": {"schema": _ERROR}}}
         for status, text in {400: "Not JSON.", 404: "Another model.", 413: "Too large.", 422: "Wrong shape."}.items()

@@ -83,7 +83,10 @@ def _check(file: str, output: str) -> None:
     if suffix not in (*LINES, *TABLES):
         known = " ".join((*LINES, *TABLES))
         raise DataError(f"'{file}' is of no known kind; needed one of {known}")
-    filesystem, plain = fsspec.core.url_to_fs(file)
+    try:
+        filesystem, plain = fsspec.core.url_to_fs(file)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"'{file}' is behind no known protocol ({error})") from None
     if not filesystem.isfile(plain):
         raise DataError(f"no file '{file}'; paths are looked up from the working directory")
     if not is_url(output) and not Path(output).absolute().parent.is_dir():

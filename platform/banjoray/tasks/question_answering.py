@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Tokens of an answer at most: in scores; and over HTTP unless the request says otherwise, as in transformers 4.
-SCORED_TOKENS, ANSWERED_TOKENS = 30, 15
+ANSWER_TOKENS = 30
 _SHAPES = '{"question": ..., "context": ...}, or a list of those'
 _CUTTING = {LENGTH: 1, STRIDE: 0, QUESTION: 1}
 _PARAMETERS = ("top_k", "max_answer_len", "handle_impossible_answer", "align_to_words", *_CUTTING)
@@ -84,7 +84,7 @@ class QuestionAnswering(Task):
         assert tokens.rows is not None
         answers = [(row or {}).get("text") or [] for batch in rows.batches(1000) for row in batch["answers"]]
         contexts = [context for batch in rows.batches(1000) for context in batch["context"]]
-        wanted = Wanted(SCORED_TOKENS, nothing=not all(answers))
+        wanted = Wanted(ANSWER_TOKENS, nothing=not all(answers))
         bounds = np.searchsorted(tokens.rows, np.arange(len(rows) + 1))
         exact, overlap = [], []
         for number, (context, expected) in enumerate(zip(contexts, answers, strict=True)):
@@ -115,12 +115,12 @@ class QuestionAnswering(Task):
         """{"answer", "score", "start", "end"} for a row, a list of at most ``top_k`` where that is above 1.
 
         ``answer`` is characters [start, end) of the context; "", 0 and 0 for "no answer", which is among the answers
-        with ``handle_impossible_answer``. ``score`` is its probability. ``max_answer_len`` counts tokens (15 unless
+        with ``handle_impossible_answer``. ``score`` is its probability. ``max_answer_len`` counts tokens (30 unless
         given); ``align_to_words`` (true unless given) makes whole words of an answer that begins or ends inside of one.
         ``max_seq_len`` and ``doc_stride`` replace data.max_length, data.stride; ``max_question_len`` cuts a question.
         """
         count = whole_number(ask.parameters, "top_k", 1)
-        longest = whole_number(ask.parameters, "max_answer_len", ANSWERED_TOKENS)
+        longest = whole_number(ask.parameters, "max_answer_len", ANSWER_TOKENS)
         nothing = true_or_false(ask.parameters, "handle_impossible_answer", False)
         wanted = Wanted(longest, nothing, true_or_false(ask.parameters, "align_to_words", True))
         answers: list[Any] = []

@@ -194,6 +194,11 @@ def task_for(name: str) -> Task:
     return tasks[name]
 
 
+def varies(job: JobConfig) -> bool:
+    """Whether a row's inputs are more than what `encode` made of it: no states of a frozen bottom can be kept then."""
+    return job.data.packing or not task_for(job.task).steady
+
+
 def check_metrics(job: JobConfig) -> None:
     """Refuse a metric that the job's task does not have."""
     known = task_for(job.task).metrics

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar, get_args
 from banjoray.config.job import JobConfig
 from banjoray.config.train import AdapterConfig, Freeze, ScaleConfig, TrainConfig
 from banjoray.errors import ConfigError
-from banjoray.tasks.task import task_for
+from banjoray.tasks.task import varies
 
 Subject = TypeVar("Subject")
 
@@ -136,9 +136,9 @@ JOB_RULES: tuple[Rule[JobConfig], ...] = (
         "set train.torch_compile=off, or scale.strategy=ddp",
     ),
     Rule(
-        lambda job: job.cache.prefix == "always" and not task_for(job.task).steady,
-        "cache.prefix: found always with task {0.task}, which gives the model other words of a row in every epoch, so "
-        "that a frozen bottom's states can't be kept; set cache.prefix=auto",
+        lambda job: job.cache.prefix == "always" and varies(job),
+        "cache.prefix: found always with task {0.task}, which gives the model a row in other ways than by its words "
+        "alone (masks, pairs, packed blocks), so that a frozen bottom's states can't be kept; set cache.prefix=auto",
     ),
 )
 

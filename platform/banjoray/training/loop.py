@@ -73,9 +73,7 @@ def _fit(
         model.activation_checkpointing_enable()  # type: ignore[operator]
     clock = Clock(torch.cuda.synchronize) if job.scale.gpus_per_worker and calls.exact else Clock()
     with clock("prefix"):
-        steady = task.steady and not job.data.packing
-        found_states = kept_prefix(job, model, rows, choice.precision == "bf16", notes) if steady else None
-        prefix = _all_or_none(found_states)
+        prefix = _all_or_none(kept_prefix(job, model, rows, choice.precision == "bf16", notes))
     strategy = build(job, model, choice.precision)
     with Saver() as saver:
         collate = task.collate(job, start.tokenizer, model.config)

@@ -32,7 +32,7 @@ from banjoray.data.tokens import Tokens
 from banjoray.errors import ConfigError
 from banjoray.models.blocks import find_blocks
 from banjoray.models.prefix import Cut, frozen_depth, silence, trimmed
-from banjoray.tasks.task import task_for
+from banjoray.tasks.task import varies
 from banjoray.training.interface import Rows
 from banjoray.training.learned import digest
 from banjoray.training.scoring import EVALUATION_TOKENS, to_tensors
@@ -126,8 +126,8 @@ def decide(job: JobConfig, model: Any, lengths: np.ndarray, bf16: bool, only_fir
     def told(keep: bool, reason: str) -> Decision:
         return Decision(keep, reason, depth, size)
 
-    if not task_for(job.task).steady:
-        return told(False, f"{job.task} gives the model other words of a row in every epoch")
+    if varies(job):
+        return told(False, f"{job.task} gives the model a row in other ways than by its words alone")
     if job.cache.prefix == "never":
         return told(False, "cache.prefix is never")
     if job.cache.prefix == "always":
