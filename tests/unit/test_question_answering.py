@@ -60,7 +60,9 @@ def longest(answers: list[dict[str, Any]]) -> int:
 
 def test_every_parameter_has_its_effect(served: Any) -> None:
     many = ask(served, body(top_k=5000))
-    assert longest(many) == 30
+    # As many as a score counts: the windows of these models have room for little more.
+    assert 15 < longest(many) <= 30
+    assert longest(ask(served, body(top_k=5000, max_answer_len=15))) == 15
     assert longest(ask(served, body(top_k=5000, max_answer_len=2))) == 2
     assert not [answer for answer in many if not answer["answer"]]
     with_none = ask(served, body(top_k=5000, handle_impossible_answer=True))

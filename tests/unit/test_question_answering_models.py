@@ -48,7 +48,7 @@ def plainly(folder: Path, row: dict[str, str]) -> tuple[float, str, int, int]:
         first = dict(zip([0, *inside], given.start_logits[0, counted].softmax(0).tolist(), strict=True))
         last = dict(zip([0, *inside], given.end_logits[0, counted].softmax(0).tolist(), strict=True))
         for start in inside:
-            for end in range(start, min(start + 15, inside[-1] + 1)):
+            for end in range(start, min(start + 30, inside[-1] + 1)):
                 left, right = encoded["offset_mapping"][number][start][0], encoded["offset_mapping"][number][end][1]
                 best = max(best, (first[start] * last[end], row["context"][left:right], left, right))
     return best
