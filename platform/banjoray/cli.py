@@ -22,6 +22,7 @@ from banjoray.terminal import (
     Profile,
     Reference,
     RegistryRoot,
+    SkipBadRows,
     answer,
     job_of,
     metrics_text,
@@ -76,6 +77,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def train(
     file: JobFile,
     values: Overrides = [],  # noqa: B006  typer wants a list
+    skip_bad_rows: SkipBadRows = False,
     as_json: AsJson = False,
     profile: Profile = False,
 ) -> None:
@@ -83,7 +85,7 @@ def train(
 
     The same command goes on with an unfinished run; a SIGTERM ends it with a checkpoint.
     """
-    job = job_of(file, values)
+    job = job_of(file, values, skip_bad_rows)
     console = terminal()
 
     def work() -> Any:
@@ -109,12 +111,17 @@ def train(
 
 
 @app.command()
-def tune(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+def tune(
+    file: JobFile,
+    values: Overrides = [],  # noqa: B006
+    skip_bad_rows: SkipBadRows = False,
+    as_json: AsJson = False,
+) -> None:
     """Search tune.space and register the best run.
 
     The same command goes on with an unfinished study; finished trials are not run again.
     """
-    job = job_of(file, values)
+    job = job_of(file, values, skip_bad_rows)
     console = terminal()
 
     def work() -> Any:
@@ -144,6 +151,7 @@ def score(
     reference: Reference,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     registry: RegistryRoot = "./registry",
+    skip_bad_rows: SkipBadRows = False,
     as_json: AsJson = False,
 ) -> None:
     """Score a registered version on a split.
@@ -154,7 +162,7 @@ def score(
     def work() -> Any:
         from banjoray.training.run import score as run
 
-        return run(reference, split, registry)
+        return run(reference, split, registry, skip_bad_rows, saying(terminal()))
 
     result = quietly(work)
     if not result.same_data:

@@ -12,6 +12,7 @@ from banjoray.terminal import (
     JobFile,
     Overrides,
     RegistryRoot,
+    SkipBadRows,
     answer,
     job_of,
     quietly,
@@ -21,7 +22,10 @@ from banjoray.terminal import (
 )
 
 
-def check(files: Annotated[list[Path], typer.Argument(help="Job files or serve configs.", show_default=False)]) -> None:
+def check(
+    files: Annotated[list[Path], typer.Argument(help="Job files or serve configs.", show_default=False)],
+    skip_bad_rows: SkipBadRows = False,
+) -> None:
     """Check files; nothing is started.
 
     A job file: keys, rows, labels, base model, freezing, tune.space. A serve config: its schema and its model.
@@ -29,17 +33,24 @@ def check(files: Annotated[list[Path], typer.Argument(help="Job files or serve c
     from banjoray.config.job import read_yaml
 
     for file in files:
-        told = _check_serve(file) if "applications" in read_yaml(file) else _check_job(file)
+        told = _check_serve(file) if "applications" in read_yaml(file) else _check_job(file, skip_bad_rows)
         typer.echo(f"{file}: {told}")
 
 
-def plan(file: JobFile, values: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+def plan(
+    file: JobFile,
+    values: Overrides = [],  # noqa: B006
+    skip_bad_rows: SkipBadRows = False,
+    as_json: AsJson = False,
+) -> None:
     """Say what a job will take; nothing is started."""
-    job = job_of(file, values).anchored(Path.cwd())
+    job = job_of(file, values, skip_bad_rows).anchored(Path.cwd())
     from banjoray.reports.tables import plan_lines
     from banjoray.tuning.plan import plan as run
 
     found = quietly(lambda: run(job))
+    for warning in found.warnings:
+        saying(terminal())(warning)
     answer(found.to_json(), as_json, *plan_lines(found))
 
 
@@ -47,19 +58,25 @@ def data(
     file: JobFile,
     values: Overrides = [],  # noqa: B006
     page: Annotated[Path | None, typer.Option(help="Also write it as an HTML page, as data.html.")] = None,
+    skip_bad_rows: SkipBadRows = False,
     as_json: AsJson = False,
 ) -> None:
     """Look at a job's rows before training.
 
     Labels, lengths, and rows that repeat, contradict another, are cut, or stand in two splits.
     """
-    job = job_of(file, values).anchored(Path.cwd())
+    job = job_of(file, values, skip_bad_rows).anchored(Path.cwd())
+    from banjoray.data.bad_rows import lines_about, write_list
     from banjoray.reports.profile import profile_lines, profile_page
     from banjoray.training.preflight import profiled
 
     found = quietly(lambda: profiled(job))
+    for line in lines_about(found.left_out):
+        saying(terminal())(line)
     if page:
         write_page(page, profile_page(job.name, found))
+        if listed := write_list(found.left_out, str(page.parent)):
+            saying(terminal())(f"all bad rows  {listed}")
     answer(found.to_json(), as_json, *profile_lines(found), *([f"page  {page}"] if page else []))
 
 
@@ -107,8 +124,8 @@ def schema(
     typer.echo(json.dumps(kinds[kind].model_json_schema(), indent=2))
 
 
-def _check_job(file: Path) -> str:
-    job = job_of(file, []).anchored(Path.cwd())
+def _check_job(file: Path, skip_bad_rows: bool) -> str:
+    job = job_of(file, [], skip_bad_rows).anchored(Path.cwd())
     from banjoray.reports.tables import checked_line
     from banjoray.tuning.plan import checked
 

@@ -22,6 +22,10 @@ JobFile = Annotated[Path, typer.Argument(help="A job file, as jobs/quickstart.ya
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the job file; may be repeated.")
 ]
+SkipBadRows = Annotated[
+    bool,
+    typer.Option("--skip-bad-rows", help="Leave out, count and list rows that can't be used (data.skip_bad_rows)."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Profile = Annotated[bool, typer.Option("--profile", help="Print where the time went; on GPUs it costs some.")]
 RegistryRoot = Annotated[str, typer.Option("--registry", help="Folder or fsspec URL of the registry.")]
@@ -95,11 +99,11 @@ def answer(told: dict[str, Any], as_json: bool, *lines: "RenderableType") -> Non
         console.print(line, highlight=False, soft_wrap=isinstance(line, str))
 
 
-def job_of(file: Path, values: list[str]) -> Any:
-    """The job in a file, with --set applied."""
+def job_of(file: Path, values: list[str], skip_bad_rows: bool) -> Any:
+    """The job in a file, with --set and --skip-bad-rows applied."""
     from banjoray.config.job import load_job
 
-    return load_job(file, values)
+    return load_job(file, [*values, *["data.skip_bad_rows=true"] * skip_bad_rows])
 
 
 def write_page(path: Path, page: str) -> None:

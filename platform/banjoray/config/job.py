@@ -96,6 +96,10 @@ class DataConfig(Section):
     labels: list[str] | None = Field(
         None, min_length=2, description="Order of the label names; null: the data set's own order, or sorted."
     )
+    skip_bad_rows: bool = Field(
+        False,
+        description="Leave out rows that can't be used, and list them in bad_rows.jsonl; false: the first is an error.",
+    )
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of train cut off, stratified and seeded, where no validation split exists."
     )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from banjoray.config.job import DataConfig
+from banjoray.data.bad_rows import LeftOut
 from banjoray.data.splits import Split, Splits
 from banjoray.data.tokens import Encoder, tokenise
 
@@ -38,7 +39,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Found:
-    """Rows that have something in common: how many there are, and the numbers of the first few, from 1."""
+    """Rows that have something in common: how many there are, and the first few's numbers in their file, from 1."""
 
     rows: int
     first: tuple[int, ...]
@@ -71,15 +72,16 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Profile:
-    """A job's data: each split, what they share, and where rows are cut (tokens)."""
+    """A job's data: each split, what they share, where rows are cut (tokens), and which rows stand in no split."""
 
     splits: tuple[SplitProfile, ...]
     overlaps: tuple[Overlap, ...]
     max_length: int
+    left_out: tuple[LeftOut, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values."""
-        return asdict(self)
+        return asdict(self) | {"left_out": [source.to_json() for source in self.left_out]}
 
 
 def profile(splits: Splits, task: Encoder, tokenizer: Any, data: DataConfig) -> Profile:
@@ -103,15 +105,19 @@ def profile(splits: Splits, task: Encoder, tokenizer: Any, data: DataConfig) -> 
                 len(split),
                 _counted(targets, splits.labels),
                 _lengths(lengths, edges, data.max_length),
-                _repeated(keys[split.name], split.targets),
-                _contradicting(keys[split.name], split.targets),
+                _repeated(keys[split.name], split),
+                _contradicting(keys[split.name], split),
             )
         )
     overlaps = tuple(
-        Overlap(first, second, _named(np.flatnonzero(np.isin(keys[second], keys[first]))))
-        for first, second in combinations(keys, 2)
+        Overlap(
+            first.name,
+            second.name,
+            _named(np.flatnonzero(np.isin(keys[second.name], keys[first.name])), second),
+        )
+        for first, second in combinations(there, 2)
     )
-    return Profile(tuple(told), overlaps, data.max_length)
+    return Profile(tuple(told), overlaps, data.max_length, splits.left_out)
 
 
 def _keys(split: Split) -> np.ndarray:
@@ -146,24 +152,25 @@ def _lengths(lengths: np.ndarray, edges: np.ndarray, max_length: int) -> Lengths
     )
 
 
-def _repeated(keys: np.ndarray, targets: np.ndarray | None) -> Found:
+def _repeated(keys: np.ndarray, split: Split) -> Found:
     seen: set[Any] = set()
     rows = []
     for number, key in enumerate(keys.tolist()):
-        row = (key, _label(targets, number))
+        row = (key, _label(split.targets, number))
         if row in seen:
             rows.append(number)
         seen.add(row)
-    return _named(np.array(rows, dtype=int))
+    return _named(np.array(rows, dtype=int), split)
 
 
-def _contradicting(keys: np.ndarray, targets: np.ndarray | None) -> Found:
-    if targets is None:
+def _contradicting(keys: np.ndarray, split: Split) -> Found:
+    if split.targets is None:
         return Found(0, ())
     labels: dict[bytes, set[Any]] = {}
     for number, key in enumerate(keys.tolist()):
-        labels.setdefault(key, set()).add(_label(targets, number))
-    return _named(np.array([number for number, key in enumerate(keys.tolist()) if len(labels[key]) > 1], dtype=int))
+        labels.setdefault(key, set()).add(_label(split.targets, number))
+    rows = [number for number, key in enumerate(keys.tolist()) if len(labels[key]) > 1]
+    return _named(np.array(rows, dtype=int), split)
 
 
 def _label(targets: np.ndarray | None, number: int) -> Any:
@@ -173,5 +180,6 @@ def _label(targets: np.ndarray | None, number: int) -> Any:
     return tuple(found) if isinstance(found, list) else found
 
 
-def _named(rows: np.ndarray) -> Found:
-    return Found(len(rows), tuple(int(row) + 1 for row in rows[:NAMED]))
+def _named(rows: np.ndarray, split: Split) -> Found:
+    first = rows[:NAMED] if split.numbers is None else split.numbers[rows[:NAMED]]
+    return Found(len(rows), tuple(int(row) + 1 for row in first))

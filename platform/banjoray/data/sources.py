@@ -3,19 +3,19 @@
 Rows come as `datasets.Dataset`, memory-mapped; every cell that training will read has been looked at.
 """
 
-import csv
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from banjoray.config.job import DataConfig, FilesConfig, HubConfig
-from banjoray.data.squad import flattened
+from banjoray.data.bad_rows import TOO_LONG, BadRow, Finding, LeftOut, text_problem
+from banjoray.data.lines import SEPARATORS, records, without_bad
 from banjoray.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,14 +38,55 @@ _READERS = {
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of one split and the name that errors call it by (a file name, or set:split)."""
+    """The rows of one split and the name that errors call it by (a file name, or set:split).
+
+    ``skips``: rows that can't be used are left out, and stand in ``bad``. ``numbers``, (rows,), has the place of every
+    row in the file, from 0; None where it is that in ``rows``.
+    """
 
     rows: "datasets.Dataset"
     name: str
+    skips: bool = False
+    numbers: np.ndarray | None = None
+    bad: tuple[BadRow, ...] = ()
+
+    def number(self, row: int) -> int:
+        """The number of a row in the file, from 1, as lines of a JSON Lines file count."""
+        return (row if self.numbers is None else int(self.numbers[row])) + 1
 
     def where(self, row: int) -> str:
-        """How an error points at a row; rows count from 1, as lines of a JSON Lines file do."""
-        return f"{self.name} row {row + 1}"
+        """How an error points at a row."""
+        return f"{self.name} row {self.number(row)}"
+
+    def without(self, findings: Iterable[Finding]) -> "Source":
+        """The source without the rows that are found bad; raises DataError about the first unless the job skips them.
+
+        Also where no row would be left.
+        """
+        found = sorted(findings, key=lambda finding: finding.row)
+        if not found:
+            return self
+        if not self.skips:
+            raise self._named(found[0]).refusal(len(found))
+        kept = np.setdiff1d(np.arange(len(self.rows)), [finding.row for finding in found])
+        return replace(
+            self,
+            rows=self.rows.select(kept),
+            numbers=kept if self.numbers is None else self.numbers[kept],
+            bad=(*self.bad, *map(self._named, found)),
+        ).some_left()
+
+    def some_left(self) -> "Source":
+        """The same source; raises DataError if all of its rows were left out."""
+        if self.bad and len(self.rows) == 0:
+            raise DataError(
+                f"data: none of the {len(self.bad)} rows of {self.name} can be used; the first: {self.bad[0]}"
+            )
+        return self
+
+    def _named(self, finding: Finding) -> BadRow:
+        number, where = self.number(finding.row), self.where(finding.row) + finding.called
+        return BadRow(self.name, number, where, finding.kind, finding.told, finding.column)
 
 
 def read(data: DataConfig, hub: HubConfig, columns: Mapping[str, str], token: str | None = None) -> dict[str, Source]:
@@ -63,7 +104,7 @@ def read(data: DataConfig, hub: HubConfig, columns: Mapping[str, str], token: st
     # What can't be read is raised below, in one line.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     files = _shipped(data.source) if data.source and data.source.startswith("banjoray:") else data.files
-    sources = _read_files(files, columns) if files else _read_hub(data, hub, token)
+    sources = _read_files(files, columns, data.skip_bad_rows) if files else _read_hub(data, hub, token)
     if "train" not in sources:
         raise DataError(f"data.source: '{data.source}' has no train split; it has {', '.join(sources) or 'nothing'}")
     sources = {split: _opened(source, columns) for split, source in sources.items()}
@@ -87,7 +128,7 @@ def _opened(source: Source, columns: Mapping[str, str]) -> Source:
     if not wanted:
         return source
     beside = datasets.concatenate_datasets([rows, inner.select_columns(wanted)], axis=1)
-    return Source(beside, source.name)
+    return replace(source, rows=beside)
 
 
 def _shipped(source: str) -> FilesConfig:
@@ -99,12 +140,12 @@ def _shipped(source: str) -> FilesConfig:
     return FilesConfig(**{split: str(folder / f"{split}.jsonl") for split in SPLITS})
 
 
-def _read_files(files: FilesConfig, columns: Mapping[str, str]) -> dict[str, Source]:
+def _read_files(files: FilesConfig, columns: Mapping[str, str], skips: bool) -> dict[str, Source]:
     paths = {split: getattr(files, split) for split in SPLITS}
-    return {split: _read_file(path, columns, split) for split, path in paths.items() if path}
+    return {split: _read_file(path, columns, split, skips) for split, path in paths.items() if path}
 
 
-def _read_file(path: str, columns: Mapping[str, str], split: str) -> Source:
+def _read_file(path: str, columns: Mapping[str, str], split: str, skips: bool) -> Source:
     """One file as one split."""
     import datasets
 
@@ -116,30 +157,80 @@ def _read_file(path: str, columns: Mapping[str, str], split: str) -> Source:
     if _READERS[suffix] == "conll":
         from banjoray.data.conll import read_conll
 
-        return read_conll(path, name, columns)
-    if suffix == ".json" and "answers" in columns and (nested := flattened(path, name, columns)) is not None:
-        return Source(nested, name)
-    options: dict[str, Any] = {}
-    if _READERS[suffix] == "csv":
-        # Without these, pandas turns the text "NA" into a missing value and the text "007" into a number.
-        texts = [column for key, column in columns.items() if key != "label"]
-        options = {"sep": "\t" if suffix == ".tsv" else ",", "keep_default_na": False}
-        options["converters"] = dict.fromkeys(texts, str)
+        return read_conll(path, name, columns, skips)
+    if suffix == ".json" and "answers" in columns:
+        from banjoray.data.squad import flattened
+
+        nested = flattened(path, name, columns, skips)
+        if nested is not None:
+            return nested
     try:
-        rows = datasets.load_dataset(_READERS[suffix], data_files={split: path}, split=split, **options)
-        # The JSON reader takes any bytes for text.
-        rows.data.validate(full=True)
-        if "__index_level_0__" in rows.column_names:
-            raise ValueError("every row has more cells than the header")
+        return Source(_rows_of(path, columns, split), name, skips)
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise DataError(_why_unreadable(path, name, suffix, error)) from None
+        return _read_around(path, columns, split, skips, error)
     except ConnectionError as error:
         # Also what `datasets` raises for any URL where hub.offline is true.
         reason = str(error).splitlines()[0]
         raise DataError(
             f"data.files.{split}: '{path}' can't be fetched ({reason}); with hub.offline, files have to be here already"
         ) from None
-    return Source(rows, name)
+
+
+def _rows_of(path: str, columns: Mapping[str, str], split: str) -> "datasets.Dataset":
+    """The rows of a file, whole; raises ValueError or DatasetGenerationError."""
+    import datasets
+
+    suffix = PurePosixPath(path).suffix.lower()
+    options: dict[str, Any] = {}
+    if suffix in SEPARATORS:
+        # Without these, pandas turns the text "NA" into a missing value and the text "007" into a number.
+        texts = [column for key, column in columns.items() if key != "label"]
+        options = {"sep": SEPARATORS[suffix], "keep_default_na": False}
+        options["converters"] = dict.fromkeys(texts, str)
+    rows = datasets.load_dataset(_READERS[suffix], data_files={split: path}, split=split, **options)
+    # The JSON reader takes any bytes for text.
+    rows.data.validate(full=True)
+    if "__index_level_0__" in rows.column_names:
+        raise ValueError("every row has more cells than the header")
+    return rows
+
+
+def _read_around(path: str, columns: Mapping[str, str], split: str, skips: bool, cause: Exception) -> Source:
+    """The rows of a file that a reader refuses, without those that it can't take; raises DataError about the first."""
+    import datasets
+
+    name = PurePosixPath(path).name
+    for kinds in (False, True):
+        good, bad = _parted(path, name, kinds)
+        if not bad:
+            continue
+        if not skips:
+            raise bad[0].refusal(len(bad), " can't be read")
+        if not good:
+            raise DataError(f"data: none of the {len(bad)} rows of {name} can be read; the first: {bad[0]}")
+        copy = without_bad(path, (record for record in records(path, name, kinds) if not record.told))
+        try:
+            rows = _rows_of(str(copy), columns, split)
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            cause = error
+            continue
+        if len(rows) == len(good):
+            return Source(rows, name, skips, np.array(good), tuple(bad))
+    told = str(cause.__cause__ or cause).splitlines()[0]
+    told = "it has no rows" if "corresponds to no data" in told else told
+    raise DataError(f"data: {name} can't be read: {told}")
+
+
+def _parted(path: str, name: str, kinds: bool) -> tuple[list[int], list[BadRow]]:
+    """The numbers of the rows of a file that a reader can take, from 0, and the other rows."""
+    good: list[int] = []
+    bad: list[BadRow] = []
+    for one in records(path, name, kinds):
+        if one.told:
+            bad.append(BadRow(name, one.number + 1, name, one.kind, one.told))
+        elif one.number >= 0:
+            good.append(one.number)
+    return good, bad
 
 
 def _check_there(path: str, split: str) -> None:
@@ -153,53 +244,6 @@ def _check_there(path: str, split: str) -> None:
         raise DataError(f"data.files.{split}: '{path}' is empty; needed rows")
 
 
-def _why_unreadable(path: str, name: str, suffix: str, error: Exception) -> str:
-    """The first line of the file that breaks it, or what the reader said."""
-    finding = None
-    if suffix != ".parquet":
-        finding = _first_foreign_line(path)
-        if finding is None:
-            with fsspec.open(path, "rt", encoding="utf-8", newline="") as file:
-                finding = _first_bad_line(file, suffix)
-    cause = str(error.__cause__ or error).splitlines()[0]
-    if "corresponds to no data" in cause:
-        cause = "it has no rows"
-    return f"data: {name} can't be read: {finding or cause}"
-
-
-def _first_foreign_line(path: str) -> str | None:
-    with fsspec.open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return f"line {number} is not UTF-8 (byte {error.start + 1} of the line)"
-    return None
-
-
-def _first_bad_line(file: Any, suffix: str) -> str | None:
-    if suffix == ".jsonl":
-        kinds: dict[str, type] = {}
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except json.JSONDecodeError as error:
-                return f"row {number} is not JSON ({error.msg} at character {error.pos})"
-            if not isinstance(row, dict):
-                return f"row {number} holds {type(row).__name__}, needed an object with columns"
-            for column, cell in row.items():
-                kind = kinds.setdefault(column, type(cell))
-                if cell is not None and kind is not type(None) and type(cell) is not kind:
-                    return f"row {number}, column '{column}' holds {cell!r}; the rows before hold {kind.__name__}"
-    if suffix in (".csv", ".tsv"):
-        reader = csv.reader(file, delimiter="\t" if suffix == ".tsv" else ",")
-        width = len(next(reader, []))
-        for number, cells in enumerate(reader, start=1):
-            if cells and len(cells) != width:
-                return f"row {number} has {len(cells)} cells; the header has {width}"
-    return None
-
-
 def _read_hub(data: DataConfig, hub: HubConfig, token: str | None) -> dict[str, Source]:
     import datasets
 
@@ -211,7 +255,7 @@ def _read_hub(data: DataConfig, hub: HubConfig, token: str | None) -> dict[str, 
         raise DataError(f"data.source: '{data.source}' can't be had ({reason}); {cure}") from None
     names = {"validation": ("validation", "valid", "dev"), "train": ("train",), "test": ("test",)}
     return {
-        split: Source(loaded[name], f"{data.source}:{name}")
+        split: Source(loaded[name], f"{data.source}:{name}", data.skip_bad_rows)
         for split, known in names.items()
         for name in known
         if name in loaded
@@ -240,20 +284,31 @@ def _names(rows: "datasets.Dataset") -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def check_text(source: Source, column: str) -> None:
-    """Refuse a column with a cell that is missing, not text, or only blanks."""
+def check_text(source: Source, column: str) -> Source:
+    """The source without rows whose cell is missing, not text, only blanks, or too long; refused as `without` does."""
     cells = column_of(source.rows, column)
     if not pa.types.is_string(cells.type) and not pa.types.is_large_string(cells.type):
-        values = enumerate(source.rows[column][:])
-        row, found = next((row, cell) for row, cell in values if not isinstance(cell, str))
-        raise DataError(f"data: {source.where(row)}, column '{column}' holds {found!r}; needed text")
+        return source.without(_text_findings(column, enumerate(source.rows[column][:])))
     empty = pc.or_kleene(pc.is_null(cells), pc.equal(pc.utf8_trim_whitespace(cells), ""))
-    first = pc.index(empty, True).as_py()
-    if first >= 0:
-        found = "nothing" if cells[first].as_py() is None else "only blanks"
-        count = pc.sum(empty).as_py()
-        others = f" ({count} such rows in all)" if count > 1 else ""
-        raise DataError(f"data: {source.where(first)}, column '{column}' holds {found}; needed text{others}")
+    bad = pc.indices_nonzero(pc.or_kleene(empty, pc.greater_equal(pc.utf8_length(cells), TOO_LONG))).to_pylist()
+    return source.without(_text_findings(column, ((row, cells[row].as_py()) for row in bad)))
+
+
+def _text_findings(column: str, cells: Iterable[tuple[int, Any]]) -> Iterable[Finding]:
+    for row, cell in cells:
+        problem = text_problem(cell)
+        if problem:
+            kind, told = problem
+            yield Finding(row, kind, f" holds {told}", column)
+
+
+def left_out(sources: Mapping[str, Source]) -> tuple[LeftOut, ...]:
+    """The rows that are left out of every source that has any."""
+    return tuple(
+        LeftOut(split, source.name, len(source.rows) + len(source.bad), source.bad)
+        for split, source in sources.items()
+        if source.bad
+    )
 
 
 def column_of(rows: "datasets.Dataset", column: str) -> pa.ChunkedArray:

@@ -7,8 +7,9 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from banjoray.errors import DataError
+from banjoray.data.bad_rows import BadCell, short
 
+KIND = "spans"
 _SHAPE = '{"start", "end", "label"}'
 # Two that are no marks and still belong to what stands before them; the first one does not hold what follows.
 _NON_JOINER, _JOINER = "\u200c", "\u200d"
@@ -23,41 +24,49 @@ class Span:
     label: str
 
 
-def spans_of(cell: Any, text: str, where: str, naming: Callable[[Any, str], str]) -> list[Span]:
+def spans_of(cell: Any, text: str, naming: Callable[[Any, str], str]) -> list[Span]:
     """The spans in a cell, from left to right; ``naming`` turns a label and its place into a name.
 
-    Raises DataError, which begins with ``where``: another shape, a span that is not in the text, begins or ends inside
-    a character (before a combining mark), covers blanks only, or overlaps another one.
+    Raises BadCell: another shape, a span that is not in the text, begins or ends inside a character (before a combining
+    mark), covers blanks only, or overlaps another one.
     """
     if not isinstance(cell, list):
-        raise DataError(f"{where} holds {cell!r}; needed a list of {_SHAPE}, empty where nothing is named")
-    found = [_span(entry, text, f"{where}, span {number}", naming) for number, entry in enumerate(cell, start=1)]
+        raise BadCell(KIND, f" holds {short(cell)}; needed a list of {_SHAPE}, empty where nothing is named")
+    found = [_span(entry, text, f", span {number}", naming) for number, entry in enumerate(cell, start=1)]
     found.sort(key=lambda span: (span.start, span.end))
     for left, right in pairwise(found):
         if right.start < left.end:
-            raise DataError(
-                f"{where}: [{left.start}, {left.end}) '{left.label}' and [{right.start}, {right.end}) '{right.label}' "
-                "overlap; needed spans apart, since a word has one tag"
+            raise BadCell(
+                KIND,
+                f": [{left.start}, {left.end}) '{left.label}' and [{right.start}, {right.end}) '{right.label}' "
+                "overlap; needed spans apart, since a word has one tag",
             )
     return found
 
 
 def _span(entry: Any, text: str, place: str, naming: Callable[[Any, str], str]) -> Span:
     if not isinstance(entry, dict) or not {"start", "end", "label"} <= set(entry):
-        raise DataError(f"{place} is {entry!r}; needed {_SHAPE}")
-    start, end = entry["start"], entry["end"]
-    for key, edge in (("start", start), ("end", end)):
-        if not isinstance(edge, int) or isinstance(edge, bool):
-            raise DataError(f"{place}: {key} is {edge!r}; needed a number of characters")
+        raise BadCell(KIND, f"{place} is {short(entry)}; needed {_SHAPE}")
+    start, end = (_edge(entry[key], f"{place}: {key}") for key in ("start", "end"))
     if not 0 <= start < end <= len(text):
-        raise DataError(f"{place} is [{start}, {end}); needed 0 <= start < end <= {len(text)}, the text's length")
+        raise BadCell(KIND, f"{place} is [{start}, {end}); needed 0 <= start < end <= {len(text)}, the text's length")
     for edge in (start, end):
         if 0 < edge < len(text) and (_marks(text[edge]) or text[edge - 1] == _JOINER):
             seen = text[max(0, edge - 5) : edge + 5]
-            raise DataError(f"{place} is [{start}, {end}); {edge} is inside a character of {seen!r}, not at its edge")
+            raise BadCell(
+                KIND, f"{place} is [{start}, {end}); {edge} is inside a character of {seen!r}, not at its edge"
+            )
     if not text[start:end].strip():
-        raise DataError(f"{place} is [{start}, {end}), which covers blanks only; needed a word")
+        raise BadCell(KIND, f"{place} is [{start}, {end}), which covers blanks only; needed a word")
     return Span(start, end, naming(entry["label"], f"{place}: label"))
+
+
+def _edge(found: Any, place: str) -> int:
+    # One number with a point makes all numbers of a file's column such ones.
+    edge = int(found) if isinstance(found, float) and found.is_integer() else found
+    if not isinstance(edge, int) or isinstance(edge, bool):
+        raise BadCell(KIND, f"{place} is {short(found)}; needed a number of characters")
+    return edge
 
 
 def pieces(text: str, edges: Collection[int]) -> list[tuple[int, int]]:

@@ -2,14 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from banjoray.config.job import DataConfig, JobConfig
-from banjoray.data.sources import Source, check_text, read
+from banjoray.data.bad_rows import Finding, LeftOut, short
+from banjoray.data.sources import SPLITS, Source, check_text, column_of, left_out, read
 from banjoray.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,6 +26,7 @@ class Split:
 
     ``columns`` maps what a task calls a column (text, question, ...) to its name in ``rows``; ``added`` holds columns
     that are not in there. ``targets`` has what each row should be answered with, (rows, ...), where that is a number.
+    ``numbers``, (rows,), has the place of every row in its source, from 0; None where it is that in ``rows``.
     """
 
     name: str
@@ -29,6 +34,7 @@ class Split:
     columns: Mapping[str, str]
     targets: np.ndarray | None = None
     added: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    numbers: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -49,6 +55,7 @@ class Split:
             rows=self.rows.select(numbers),
             targets=None if self.targets is None else self.targets[numbers],
             added={key: [cells[number] for number in numbers] for key, cells in self.added.items()},
+            numbers=numbers if self.numbers is None else self.numbers[numbers],
         )
 
     def fingerprint(self) -> str:
@@ -63,12 +70,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """What a run learns from, is steered by, and is finally scored on; ``test`` may be missing."""
+    """What a run learns from, is steered by, and is finally scored on; ``test`` may be missing.
+
+    ``left_out`` are the rows that stand in no split since they can't be used (data.skip_bad_rows).
+    """
 
     train: Split
     validation: Split
     test: Split | None
     labels: tuple[str, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
     def get(self, name: str) -> Split:
         """The split of that name; raises DataError if the job has none."""
@@ -89,25 +100,24 @@ def plain_splits(
     columns: Sequence[str],
     texts: Sequence[str],
     token: str | None = None,
-    check: Callable[[Source], None] | None = None,
+    findings: Callable[[Source], Iterable[Finding]] | None = None,
 ) -> Splits:
     """The splits of a job whose rows have no label; ``columns`` and ``texts`` are keys of data.columns.
 
-    Every cell of ``texts`` is text; those of ``columns`` are there, and ``check``, which is given every source whole,
-    looks at them. The validation rows are cut off train where the source has none. Raises DataError as `sources.read`
-    and ``check`` do.
+    Every cell of ``texts`` is text; those of ``columns`` are there, and ``findings``, which is given every source
+    whole, says what is wrong with them. The validation rows are cut off train where the source has none. Raises
+    DataError as `sources.read` does, and for a bad row.
     """
     named = named_columns(job.data, (*columns, *texts))
     sources = read(job.data, job.hub, named, token)
-    for source in sources.values():
+    for name, source in sources.items():
         for key in texts:
-            check_text(source, named[key])
-        if check is not None:
-            check(source)
-    splits = {name: Split(name, source.rows, named) for name, source in sources.items()}
+            source = check_text(source, named[key])
+        sources[name] = source.without(findings(source)) if findings else source
+    splits = {name: Split(name, source.rows, named, numbers=source.numbers) for name, source in sources.items()}
     if "validation" not in splits:
         splits |= cut_anywhere(splits["train"], job.data.validation_fraction, job.train.seed, sources["train"].name)
-    return Splits(splits["train"], splits["validation"], splits.get("test"), ())
+    return Splits(splits["train"], splits["validation"], splits.get("test"), (), left_out(sources))
 
 
 def named_columns(data: DataConfig, keys: Sequence[str]) -> dict[str, str]:
@@ -124,22 +134,71 @@ def labelled_splits(job: JobConfig, token: str | None = None) -> Splits:
     """
     texts = named_columns(job.data, ("text", "text_pair"))
     sources = read(job.data, job.hub, texts | {"label": job.data.columns.label}, token)
-    for source in sources.values():
+    for name, source in sources.items():
         for column in texts.values():
-            check_text(source, column)
+            source = check_text(source, column)
+        sources[name] = source
+    sources["train"] = sources["train"].without(_of_other_kinds(sources["train"], job.data))
     labels = _label_names(sources["train"], job.data)
-    targets = {name: _label_ids(source, job.data, labels) for name, source in sources.items()}
-    seen = np.unique(targets["train"])
-    for name in ("validation", "test"):
-        if name in targets:
-            _check_seen(sources[name], targets[name], seen, labels)
+    targets: dict[str, np.ndarray] = {}
+    seen = np.array([], dtype=int)
+    for name in sorted(sources, key=SPLITS.index):
+        found = _label_ids(sources[name], job.data, labels)
+        sources[name] = sources[name].without(_unlabelled(sources[name], found, job.data, labels))
+        targets[name] = found[found >= 0]
+        if name == "train":
+            seen = np.unique(targets[name])
+        strange = ~np.isin(targets[name], seen)
+        sources[name] = sources[name].without(_never_shown(targets[name], strange, seen, labels))
+        targets[name] = targets[name][~strange]
     if len(seen) < 2:
-        found = f"one ('{labels[seen[0]]}')" if len(seen) else "none"
-        raise DataError(f"data: {sources['train'].name} shows {found} label; needed at least two")
-    splits = {name: Split(name, source.rows, texts, targets[name]) for name, source in sources.items()}
+        shown = f"one ('{labels[seen[0]]}')" if len(seen) else "none"
+        raise DataError(f"data: {sources['train'].name} shows {shown} label; needed at least two")
+    splits = {
+        name: Split(name, source.rows, texts, targets[name], numbers=source.numbers) for name, source in sources.items()
+    }
     if "validation" not in splits:
-        splits |= _cut(splits["train"], job.data.validation_fraction, job.train.seed, sources["train"].name)
-    return Splits(splits["train"], splits["validation"], splits.get("test"), labels)
+        splits |= _cut(splits["train"], job.data.validation_fraction, job.train.seed, sources["train"])
+    return Splits(splits["train"], splits["validation"], splits.get("test"), labels, left_out(sources))
+
+
+def _of_other_kinds(train: Source, data: DataConfig) -> list[Finding]:
+    """Rows whose label is of another kind than most are, or no name and no whole number; none where names are given."""
+    column = data.columns.label
+    if data.labels is not None or _declared(train, column) is not None:
+        return []
+    cells, codes = _coded(train, column)
+    counted: Counter[type] = Counter()
+    for cell, count in zip(cells, np.bincount(codes, minlength=len(cells)).tolist(), strict=True):
+        counted[type(cell)] += count if isinstance(cell, str | int) else 0
+    kind = max(counted, key=counted.__getitem__, default=str)
+    bad = [cell is not None and (type(cell) is not kind or not isinstance(cell, str | int)) for cell in cells]
+    needed = "needed a label's name, or a whole number, the same kind in every row"
+    return [
+        Finding(row, "label of another kind", f" holds {short(cells[codes[row]])}; {needed}", column)
+        for row in np.flatnonzero(np.array(bad, dtype=bool)[codes]).tolist()
+    ]
+
+
+def _coded(source: Source, column: str) -> tuple[list[Any], np.ndarray]:
+    """The cells of a column that differ, and which of them each row has."""
+    cells = column_of(source.rows, column)
+    plain = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_integer,
+        pa.types.is_boolean,
+        pa.types.is_floating,
+    )
+    if not any(is_kind(cells.type) for is_kind in plain):
+        found = source.rows[column][:]
+        return found, np.arange(len(found))
+    coded = pc.dictionary_encode(cells.combine_chunks(), null_encoding="encode")
+    # One missing number makes all of a column numbers with a point.
+    found = [
+        int(cell) if isinstance(cell, float) and cell.is_integer() else cell for cell in coded.dictionary.to_pylist()
+    ]
+    return found, coded.indices.to_numpy()
 
 
 def _label_names(train: Source, data: DataConfig) -> tuple[str, ...]:
@@ -151,15 +210,8 @@ def _label_names(train: Source, data: DataConfig) -> tuple[str, ...]:
     declared = _declared(train, data.columns.label)
     if declared is not None:
         return declared
-    values = train.rows[data.columns.label][:]
-    kind = next((type(value) for value in values if value is not None), str)
-    for row, value in enumerate(values):
-        if value is not None and (type(value) is not kind or not isinstance(value, (str, int))):
-            raise DataError(
-                f"data: {train.where(row)}, column '{data.columns.label}' holds {value!r}; "
-                "needed a label's name, or a whole number, the same kind in every row"
-            )
-    names = {value.strip() if isinstance(value, str) else value for value in values}
+    cells, _ = _coded(train, data.columns.label)
+    names = {cell.strip() if isinstance(cell, str) else cell for cell in cells}
     return tuple(str(name) for name in sorted(names - {None, ""}))
 
 
@@ -172,52 +224,57 @@ def _declared(source: Source, column: str) -> tuple[str, ...] | None:
 
 
 def _label_ids(source: Source, data: DataConfig, labels: tuple[str, ...]) -> np.ndarray:
-    """The label id of every row; a number counts as an id where it is no label's name."""
-    column = data.columns.label
-    cells = source.rows[column][:]
-    ids = {name: number for number, name in enumerate(labels)}
-    declared = _declared(source, column)
-    if declared is None:
-        whole = {int(name): number for name, number in ids.items() if _is_whole(name)}
-        numbered = whole or {number: number for number in range(len(labels))}
-    else:
+    """The label id of every row, -1 where it has none; a number counts as an id where it is no label's name."""
+    cells, codes = _coded(source, data.columns.label)
+    ids = ids_of(labels, _declared(source, data.columns.label))
+    found = [
+        ids.get(cell.strip() if isinstance(cell, str) else cell, -1) if isinstance(cell, str | int) else -1
+        for cell in cells
+    ]
+    return np.array(found, dtype=np.int64)[codes]
+
+
+def ids_of(labels: Sequence[str], declared: Sequence[str] | None) -> dict[str | int, int]:
+    """A label's name, or the number that stands for it, -> its id.
+
+    ``declared`` are the names that a data set gives to its numbers. Where it gives none, a number is a label's name, or
+    if no label is called by a number, an id.
+    """
+    ids: dict[str | int, int] = {name: number for number, name in enumerate(labels)}
+    if declared is not None:
         # Not the number itself: data.labels, or train, may have the same names in another order.
-        numbered = {number: ids[name] for number, name in enumerate(declared) if name in ids}
-    found = np.empty(len(cells), dtype=np.int64)
-    for row, cell in enumerate(cells):
-        number = ids.get(cell.strip()) if isinstance(cell, str) else None
-        if isinstance(cell, int):
-            number = numbered.get(cell)
-        if number is None:
-            raise DataError(_bad_label(source, row, data, cell, labels))
-        found[row] = number
-    return found
+        return ids | {number: ids[name] for number, name in enumerate(declared) if name in ids}
+    whole: dict[str | int, int] = {int(name): number for number, name in enumerate(labels) if _is_whole(name)}
+    return ids | (whole or {number: number for number in range(len(labels))})
 
 
 def _is_whole(name: str) -> bool:
     return name.removeprefix("-").isdecimal()
 
 
-def _bad_label(source: Source, row: int, data: DataConfig, cell: object, labels: tuple[str, ...]) -> str:
-    where = f"data: {source.where(row)}, column '{data.columns.label}'"
-    if cell is None or cell == -1 or str(cell).strip() == "":
-        return f"{where} holds no label ({cell!r}); needed one of {', '.join(labels)}"
-    if data.labels is not None:
-        return f"{where} holds label {cell!r}, which data.labels does not list; it lists {', '.join(labels)}"
-    return f"{where} holds label {cell!r}, which train never shows; it shows {', '.join(labels)}"
+def _unlabelled(source: Source, ids: np.ndarray, data: DataConfig, labels: tuple[str, ...]) -> Iterator[Finding]:
+    """Rows without an id, and why."""
+    column = data.columns.label
+    cells, codes = _coded(source, column)
+    for row in np.flatnonzero(ids < 0).tolist():
+        cell = cells[codes[row]]
+        if cell is None or cell == -1 or str(cell).strip() == "":
+            yield Finding(row, "no label", f" holds no label ({cell!r}); needed one of {', '.join(labels)}", column)
+            continue
+        why = "which data.labels does not list; it lists" if data.labels else "which train never shows; it shows"
+        yield Finding(row, "unknown label", f" holds label {short(cell)}, {why} {', '.join(labels)}", column)
 
 
-def _check_seen(source: Source, targets: np.ndarray, seen: np.ndarray, labels: tuple[str, ...]) -> None:
-    strange = np.flatnonzero(~np.isin(targets, seen))
-    if len(strange):
-        shown = ", ".join(labels[number] for number in seen)
-        raise DataError(
-            f"data: {source.where(int(strange[0]))} holds label '{labels[targets[strange[0]]]}', "
-            f"which train never shows; it shows {shown}"
-        )
+def _never_shown(
+    targets: np.ndarray, strange: np.ndarray, seen: np.ndarray, labels: tuple[str, ...]
+) -> Iterator[Finding]:
+    shown = ", ".join(labels[number] for number in seen)
+    for row in np.flatnonzero(strange).tolist():
+        told = f" holds label '{labels[targets[row]]}', which train never shows; it shows {shown}"
+        yield Finding(row, "unknown label", told)
 
 
-def _cut(train: Split, fraction: float, seed: int, source: str) -> dict[str, Split]:
+def _cut(train: Split, fraction: float, seed: int, source: Source) -> dict[str, Split]:
     """Train without, and validation with, a stratified share of the rows; both keep the source's order."""
     assert train.targets is not None
     generator = np.random.default_rng(seed)
@@ -226,8 +283,8 @@ def _cut(train: Split, fraction: float, seed: int, source: str) -> dict[str, Spl
         members = np.flatnonzero(train.targets == label)
         if len(members) < 2:
             raise DataError(
-                f"data: {source} has one row of a label (row {members[0] + 1}), so it can't be in train and in "
-                "validation; add rows, or give data.files.validation"
+                f"data: {source.name} has one row of a label (row {source.number(members[0])}), so it can't be in "
+                "train and in validation; add rows, or give data.files.validation"
             )
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         taken.append(generator.choice(members, size=count, replace=False))

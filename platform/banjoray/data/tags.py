@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from banjoray.config.job import DataConfig, JobConfig
-from banjoray.data.sources import Source, check_text, read
+from banjoray.data.bad_rows import BadCell, looked_at, short, text_problem
+from banjoray.data.sources import Source, check_text, left_out, read
 from banjoray.data.spans import pieces, spans_of, tagged
 from banjoray.data.splits import Split, Splits, cut_anywhere, named_columns
 from banjoray.errors import DataError
@@ -17,13 +18,20 @@ OUTSIDE = "O"
 
 
 @dataclass(frozen=True)
+class _Row:
+    """The names of a row's tags, and what a split adds to the columns that it reads."""
+
+    names: list[str]
+    added: Mapping[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _Tagged:
-    """A source's rows: the names of the tags of each, and what a split adds to the columns that it reads."""
+    """A source, whose tags are in ``column``, and its rows."""
 
     source: Source
     column: str
-    names: list[list[str]]
-    added: Mapping[str, list[Any]] = field(default_factory=dict)
+    rows: list[_Row]
 
 
 def tagged_splits(job: JobConfig, token: str | None = None) -> Splits:
@@ -43,54 +51,63 @@ def tagged_splits(job: JobConfig, token: str | None = None) -> Splits:
     found = {name: look(source, named, job.data) for name, source in sources.items()}
     labels = _labels(found["train"], job.data, spans)
     splits = {}
-    for name, rows in found.items():
-        tags = {"tags": _ids(rows, labels, job.data)}
-        splits[name] = Split(name, rows.source.rows, {key: named[key] for key in shown}, added={**rows.added, **tags})
+    for name, tagged_rows in found.items():
+        source, added = _with_ids(tagged_rows, labels, job.data)
+        columns = {key: named[key] for key in shown}
+        splits[name] = Split(name, source.rows, columns, added=added, numbers=source.numbers)
+        sources[name] = source
     if "validation" not in splits:
         splits |= cut_anywhere(splits["train"], job.data.validation_fraction, job.train.seed, sources["train"].name)
-    return Splits(splits["train"], splits["validation"], splits.get("test"), labels)
+    return Splits(splits["train"], splits["validation"], splits.get("test"), labels, left_out(sources))
 
 
 def _of_words(source: Source, named: Mapping[str, str], data: DataConfig) -> _Tagged:
     """Rows with a list of words and a list of tags."""
-    names = []
-    naming = _naming(source, named["tags"], data)
-    both = zip(source.rows[named["tokens"]][:], source.rows[named["tags"]][:], strict=True)
-    for row, (words, tags) in enumerate(both):
-        where = f"data: {source.where(row)}, column '{named['tokens']}'"
-        _check_words(words, where)
-        place = f"data: {source.where(row)}, column '{named['tags']}'"
+    column = named["tags"]
+    naming = _naming(source, column, data)
+
+    def look(words: Any, tags: Any) -> _Row:
+        _check_words(words, named["tokens"])
         if not isinstance(tags, list):
-            raise DataError(f"{place} holds {tags!r}; needed a list with a tag for every word")
+            raise BadCell("tags", f" holds {short(tags)}; needed a list with a tag for every word", column)
         if len(tags) != len(words):
-            raise DataError(f"{place} holds {len(tags)} tags for {len(words)} words; needed a tag for every word")
-        names.append([naming(tag, f"{place}, tag {number}") for number, tag in enumerate(tags, start=1)])
-    return _Tagged(source, named["tags"], names)
+            told = f" holds {len(tags)} tags for {len(words)} words; needed a tag for every word"
+            raise BadCell("words and tags", told, column)
+        return _Row([naming(tag, f", tag {number}") for number, tag in enumerate(tags, start=1)])
+
+    cells = zip(source.rows[named["tokens"]][:], source.rows[column][:], strict=True)
+    rows, findings = looked_at(cells, column, look)
+    return _Tagged(source.without(findings), column, rows)
 
 
-def _check_words(words: Any, where: str) -> None:
+def _check_words(words: Any, column: str) -> None:
     if not isinstance(words, list):
-        raise DataError(f"{where} holds {words!r}; needed a list of words")
+        raise BadCell("words", f" holds {short(words)}; needed a list of words", column)
     for number, word in enumerate(words, start=1):
         if not isinstance(word, str):
-            raise DataError(f"{where}, word {number} is {word!r}; needed text")
+            raise BadCell("words", f", word {number} is {short(word)}; needed text", column)
     if not any(word.strip() for word in words):
-        raise DataError(f"{where} holds {'only blanks' if words else 'no words'}; needed a list of words")
+        raise BadCell("words", f" holds {'only blanks' if words else 'no words'}; needed a list of words", column)
+    problem = text_problem(" ".join(words))
+    if problem:
+        raise BadCell(problem[0], f" holds {problem[1]}", column)
 
 
 def _of_spans(source: Source, named: Mapping[str, str], data: DataConfig) -> _Tagged:
     """Rows with a text and its spans: words and tags are made of them."""
-    check_text(source, named["text"])
-    names, starts, ends = [], [], []
-    naming = _naming(source, named["spans"], data)
-    both = zip(source.rows[named["text"]][:], source.rows[named["spans"]][:], strict=True)
-    for row, (text, cell) in enumerate(both):
-        spans = spans_of(cell, text, f"data: {source.where(row)}, column '{named['spans']}'", naming)
+    source = check_text(source, named["text"])
+    column = named["spans"]
+    naming = _naming(source, column, data)
+
+    def look(text: str, cell: Any) -> _Row:
+        spans = spans_of(cell, text, naming)
         words = pieces(text, {edge for span in spans for edge in (span.start, span.end)})
-        starts.append([start for start, _ in words])
-        ends.append([end for _, end in words])
-        names.append(tagged(words, spans, OUTSIDE))
-    return _Tagged(source, named["spans"], names, {"starts": starts, "ends": ends})
+        added = {"starts": [start for start, _ in words], "ends": [end for _, end in words]}
+        return _Row(tagged(words, spans, OUTSIDE), added)
+
+    cells = zip(source.rows[named["text"]][:], source.rows[column][:], strict=True)
+    rows, findings = looked_at(cells, column, look)
+    return _Tagged(source.without(findings), column, rows)
 
 
 def _declared(source: Source, column: str) -> Sequence[str] | None:
@@ -104,18 +121,19 @@ def _declared(source: Source, column: str) -> Sequence[str] | None:
 
 
 def _naming(source: Source, column: str, data: DataConfig) -> Callable[[Any, str], str]:
-    """Turns a cell's name or number into a name; raises DataError, which begins with the place that it is given."""
+    """Turns a cell's name or number into a name; raises BadCell, which begins with the place that it is given."""
     names = _declared(source, column) or data.labels
 
     def name(found: Any, place: str) -> str:
         if isinstance(found, str) and found.strip():
             return found
         if isinstance(found, bool) or not isinstance(found, int):
-            raise DataError(f"{place} is {found!r}; needed a name, or a number that has one")
+            raise BadCell("tags", f"{place} is {short(found)}; needed a name, or a number that has one")
         if names is None:
-            raise DataError(f"{place} is the number {found}, and the data set has no names; set data.labels to them")
+            told = f"{place} is the number {found}, and the data set has no names; set data.labels to them"
+            raise BadCell("tags", told)
         if not 0 <= found < len(names):
-            raise DataError(f"{place} is the number {found}; there are names for 0 to {len(names) - 1}")
+            raise BadCell("tags", f"{place} is the number {found}; there are names for 0 to {len(names) - 1}")
         return names[found]
 
     return name
@@ -133,7 +151,7 @@ def _labels(train: _Tagged, data: DataConfig, spans: bool) -> tuple[str, ...]:
         return labels
     if declared is not None and not spans:
         return tuple(declared)
-    seen = {name for names in train.names for name in names}
+    seen = {name for row in train.rows for name in row.names}
     if spans:
         types = {name[2:] for name in seen - {OUTSIDE}} | set(declared or ())
         seen = {OUTSIDE, *(f"{part}-{kind}" for part in "BI" for kind in types)}
@@ -143,18 +161,19 @@ def _labels(train: _Tagged, data: DataConfig, spans: bool) -> tuple[str, ...]:
     return tuple(sorted(seen, key=lambda name: (name != OUTSIDE, name)))
 
 
-def _ids(rows: _Tagged, labels: tuple[str, ...], data: DataConfig) -> list[list[int]]:
-    """The label id of every word."""
+def _with_ids(tagged_rows: _Tagged, labels: tuple[str, ...], data: DataConfig) -> tuple[Source, dict[str, list[Any]]]:
+    """The source, and what a split adds to its columns: the label id of every word, as ``tags``."""
     ids = {name: number for number, name in enumerate(labels)}
-    found = []
-    for row, names in enumerate(rows.names):
-        unknown = next((name for name in names if name not in ids), None)
+    why = "data.labels does not list" if data.labels is not None else "train never shows"
+    cure = "" if data.labels is not None else "; name all of them in data.labels to have it learned anyway"
+
+    def look(row: _Row) -> Mapping[str, list[int]]:
+        unknown = next((name for name in row.names if name not in ids), None)
         if unknown is not None:
-            why = "data.labels does not list" if data.labels is not None else "train never shows"
-            cure = "" if data.labels is not None else "; name all of them in data.labels to have it learned anyway"
-            raise DataError(
-                f"data: {rows.source.where(row)}, column '{rows.column}' holds the tag {unknown!r}, which {why}; "
-                f"known are {', '.join(labels)}{cure}"
-            )
-        found.append([ids[name] for name in names])
-    return found
+            told = f" holds the tag {short(unknown)}, which {why}; known are {', '.join(labels)}{cure}"
+            raise BadCell("unknown label", told)
+        return {**row.added, "tags": [ids[name] for name in row.names]}
+
+    rows, findings = looked_at(zip(tagged_rows.rows), tagged_rows.column, look)
+    source = tagged_rows.source.without(findings)
+    return source, {key: [row[key] for row in rows] for key in rows[0]}

@@ -14,10 +14,14 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+from pyarrow import csv
 
 import ray
 from banjoray.config.job import JobConfig, is_url, load_job
+from banjoray.data.bad_rows import BadCell
 from banjoray.data.batches import sorted_batches
+from banjoray.data.lines import parsed
 from banjoray.errors import ConfigError, DataError, RequestError
 from banjoray.registry import Registry
 from banjoray.serving.engine import Engine, load
@@ -28,7 +32,9 @@ from banjoray.training.scoring import EVALUATION_TOKENS
 ASKED = ("text", "text_pair", "question", "context")
 ROWS = 512
 LINES = (".jsonl", ".txt")
-TABLES = {".csv": "read_csv", ".parquet": "read_parquet"}
+TABLES = (".csv", ".parquet")
+# Bytes of a csv file that are read at once: no row may be longer.
+CSV_BLOCK = 2**26
 
 
 @dataclass(frozen=True)
@@ -117,10 +123,12 @@ def _answers(
     ray.data.DataContext.get_current().enable_progress_bars = False
     path = file if is_url(file) else str(Path(file).absolute())
     suffix = PurePosixPath(file).suffix.lower()
-    if suffix in TABLES:
-        rows = getattr(ray.data, TABLES[suffix])(path)
+    # Lines and cells of a csv file are bytes in disguise: one that is not UTF-8 fails alone.
+    if suffix == ".parquet":
+        rows = ray.data.read_parquet(path)
+    elif suffix == ".csv":
+        rows = ray.data.read_csv(path, **_csv_options(job))
     else:
-        # As bytes in disguise: a line that is not UTF-8 fails alone.
         rows = ray.data.read_text(path, encoding="latin-1", drop_empty_lines=False)
     each, gpus = job.scale.cpus_per_worker, job.scale.gpus_per_worker
     have = ray.cluster_resources()
@@ -137,6 +145,18 @@ def _answers(
     for batch in told.iter_batches(batch_size=ROWS, batch_format="numpy"):
         for line in batch["told"]:
             yield json.loads(line)
+
+
+def _csv_options(job: JobConfig) -> dict[str, Any]:
+    """How a csv file is read: what a row is asked by is text, also where it is a number or says NA."""
+    texts = {name for name in job.data.columns.model_dump().values() if name} | {"inputs"}
+    return {
+        "read_options": csv.ReadOptions(use_threads=False, encoding="latin-1", block_size=CSV_BLOCK),
+        "parse_options": csv.ParseOptions(newlines_in_values=True),
+        "convert_options": csv.ConvertOptions(
+            column_types={name.encode().decode("latin-1"): pa.string() for name in texts}, strings_can_be_null=False
+        ),
+    }
 
 
 class Scorer:
@@ -161,15 +181,18 @@ class Scorer:
 
     def _inputs(self, row: Mapping[str, Any]) -> Any:
         """A row as the inputs of a request; an exception that says what is wrong with it."""
+        found: Any = row
         try:
-            found: Any = row
             if self._kind in LINES:
-                line = row["text"].encode("latin-1").decode("utf-8").rstrip("\r")
-                found = line if self._kind == ".txt" else json.loads(line)
+                line = _undisguised(row["text"]).rstrip("\r")
+                found = line if self._kind == ".txt" else parsed(line)
+            elif self._kind == ".csv":
+                found = {_undisguised(name): _undisguised(cell) for name, cell in row.items()}
         except UnicodeDecodeError as error:
-            return RequestError(f"not UTF-8 (byte {error.start + 1})")
-        except json.JSONDecodeError as error:
-            return RequestError(f"not JSON ({error.msg} at character {error.pos})")
+            part = "line" if self._kind in LINES else "cell"
+            return RequestError(f"not UTF-8 (byte {error.start + 1} of the {part})")
+        except BadCell as error:
+            return RequestError(error.told)
         if not isinstance(found, Mapping | str):
             return RequestError(f"found {type(found).__name__}; needed an object with columns")
         if isinstance(found, str):
@@ -181,6 +204,10 @@ class Scorer:
             needed = ", ".join(f"'{name}'" for name in self._columns.values())
             return RequestError(f"none of the columns {needed}, and no 'inputs'; found {sorted(map(str, found))}")
         return asked["text"] if list(asked) == ["text"] else asked
+
+
+def _undisguised(cell: Any) -> Any:
+    return cell.encode("latin-1").decode("utf-8") if isinstance(cell, str) else cell
 
 
 def answered(engine: Engine, inputs: Iterable[Any], parameters: Mapping[str, Any]) -> list[dict[str, Any]]:

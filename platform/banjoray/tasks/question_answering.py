@@ -9,7 +9,7 @@ import numpy as np
 from banjoray.config.job import DataConfig, JobConfig
 from banjoray.data.contexts import LENGTH, QUESTION, STRIDE, context_windows
 from banjoray.data.splits import Split, Splits, named_columns, plain_splits
-from banjoray.data.squad import check_answers
+from banjoray.data.squad import misplaced_answers
 from banjoray.data.tokens import IGNORED, Feature, Features, Tokens
 from banjoray.errors import RequestError
 from banjoray.tasks.spans import Span, Wanted, Window, best_spans, exact_match, f1
@@ -36,8 +36,8 @@ class QuestionAnswering(Task):
     def splits(self, job: JobConfig, token: str | None = None) -> Splits:
         """Questions and contexts, each with its answers; see `squad` for their shape."""
         texts = ("question", "context")
-        check = partial(check_answers, columns=named_columns(job.data, (*texts, "answers")))
-        return plain_splits(job, ("answers",), texts, token, check)
+        findings = partial(misplaced_answers, columns=named_columns(job.data, (*texts, "answers")))
+        return plain_splits(job, ("answers",), texts, token, findings)
 
     def encode(self, rows: Mapping[str, Sequence[Any]], tokenizer: Any, data: DataConfig) -> Features:
         """A feature per window of the context, of data.max_length tokens; two neighbours share data.stride of them."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from banjoray.config.job import DataConfig, JobConfig
+from banjoray.data.bad_rows import TOO_LONG, half_a_character
 from banjoray.data.splits import Split, Splits
 from banjoray.data.tokens import IGNORED, Feature, Features, Tokens
 from banjoray.errors import ConfigError, RequestError
@@ -208,12 +209,14 @@ def check_metrics(job: JobConfig) -> None:
 
 
 def text_of(found: Any, where: str) -> str:
-    """A request's value that has to be text; raises RequestError: something else, blanks only, broken characters."""
+    """A request's value that has to be text, of a length that rows may have; raises RequestError."""
     if not isinstance(found, str):
         raise RequestError(f"{where}: found {type(found).__name__}; needed text")
     if not found.strip():
         raise RequestError(f"{where}: found nothing but blanks; needed text")
-    if any("\ud800" <= letter <= "\udfff" for letter in found):
+    if len(found) >= TOO_LONG:
+        raise RequestError(f"{where}: found {len(found):,} characters; needed fewer than {TOO_LONG:,}")
+    if half_a_character(found):
         raise RequestError(f"{where}: found half a character (a lone surrogate); needed text")
     return found
 

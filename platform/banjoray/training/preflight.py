@@ -8,6 +8,7 @@ from typing import Any
 import fsspec
 
 from banjoray.config.job import JobConfig, is_url
+from banjoray.data.bad_rows import lines_about
 from banjoray.data.profile import Profile, profile
 from banjoray.data.splits import Splits
 from banjoray.data.tokens import cached_tokens, token_cache
@@ -96,10 +97,13 @@ def prepare(job: JobConfig) -> Ready:
         trainable=trainable,
         weights=weights,
         fingerprint=splits.fingerprint(),
-        warnings=tuple(
-            _cut_warning(job, name, tokens)
-            for name, tokens in (("train", train), ("validation", validation))
-            if tokens.cut
+        warnings=(
+            *lines_about(splits.left_out),
+            *(
+                _cut_warning(job, name, tokens)
+                for name, tokens in (("train", train), ("validation", validation))
+                if tokens.cut
+            ),
         ),
     )
 

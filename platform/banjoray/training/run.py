@@ -16,6 +16,7 @@ import ray.train.torch
 
 import ray
 from banjoray.config.job import JobConfig, is_url, load_job
+from banjoray.data.bad_rows import write_list
 from banjoray.errors import BanjorayError, ClusterError, ConfigError, Stopped
 from banjoray.registry import Registry
 from banjoray.tasks.task import Score
@@ -89,6 +90,8 @@ def train(
         say(warning)
     with cluster(job, say), claim_run(job, stem) as run:
         say(_opening(job, ready, run))
+        if listed := write_list(ready.splits.left_out, run.url):
+            say(f"all bad rows  {listed}")
         result = fit_on_ray(job, run.url, watch, exact=exact)
         if result.stopped:
             raise Stopped(
@@ -121,17 +124,26 @@ def _identity(written: JobConfig, ready: Ready) -> str:
     return hashlib.sha256(facts.encode()).hexdigest()[:8]
 
 
-def score(reference: str, split: str = "test", registry: str = "./registry") -> ScoreResult:
+def score(
+    reference: str,
+    split: str = "test",
+    registry: str = "./registry",
+    skip_bad_rows: bool = False,
+    say: Say = lambda line: None,
+) -> ScoreResult:
     """Load a registered version afresh and compute its score on a split of the data it was trained on.
 
-    Of a task whose answers are texts, it writes one for every row, and the score has the metrics of these too.
+    Of a task whose answers are texts, it writes one for every row, and the score has the metrics of these too. Rows
+    that can't be used are left out with ``skip_bad_rows``, and where the version's job says so; ``say`` tells of them.
     Raises RegistryError, BrokenVersion, DataError.
     """
     store = Registry(registry)
     version = store.resolve(reference)
     folder = store.fetch(version)
     job = load_job(folder / "job.yaml")
-    found, fingerprint = score_folder(folder, job, split, texts=True)
+    if skip_bad_rows:
+        job = job.with_values({"data.skip_bad_rows": True})
+    found, fingerprint = score_folder(folder, job, split, texts=True, say=say)
     return ScoreResult(str(version), split, found, fingerprint == version.lineage["data"])
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from banjoray.config.job import JobConfig
+from banjoray.data.bad_rows import lines_about
 from banjoray.data.batches import padded, sorted_batches, targets_of
 from banjoray.data.tokens import Tokens, cached_tokens, token_cache
 from banjoray.models.loading import labels_of, load_trained, quiet_libraries, use_hub
@@ -19,11 +20,14 @@ from banjoray.tasks.task import Collate, Score, Task, task_for
 EVALUATION_TOKENS = 8192
 
 
-def score_folder(folder: Path, job: JobConfig, split: str, texts: bool = False) -> tuple[Score, str]:
+def score_folder(
+    folder: Path, job: JobConfig, split: str, texts: bool = False, say: Callable[[str], None] = lambda line: None
+) -> tuple[Score, str]:
     """The score of a trained folder, loaded afresh in fp32, on a split of the job's data; and the data's fingerprint.
 
     With ``texts``, of a task whose answers are texts, the model also writes one for every row, as it would over HTTP,
-    and the score has the task's `text_metrics` too. Raises DataError: no such split, rows that can't be read any more.
+    and the score has the task's `text_metrics` too. ``say`` is told of bad rows that are left out. Raises DataError: no
+    such split, rows that can't be read any more.
     """
     token = use_hub(job.hub)
     quiet_libraries()
@@ -33,6 +37,8 @@ def score_folder(folder: Path, job: JobConfig, split: str, texts: bool = False) 
     # In the model's order of labels: rows that have changed since may sort to another one.
     splits = task.splits(job.with_values({"data.labels": list(labels)}) if labels else job, token)
     rows = splits.get(split)
+    for line in lines_about(splits.left_out):
+        say(line)
     tokens = cached_tokens(rows, task, tokenizer, job.data, token_cache(job))
     device = torch.device("cuda" if torch.cuda.is_available() and job.scale.gpus_per_worker else "cpu")
     feed = Feed(tokens, tokenizer.pad_token_id, device, collate=task.collate(job, tokenizer, model.config))

@@ -94,7 +94,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job will take. ``weights`` are all, ``trained`` those that change: of the word table, the words in use."""
+    """What a job will take. ``weights`` are all, ``trained`` those that change: of the word table, the words in use.
+
+    ``warnings`` are lines about the rows: what is left out, what is cut.
+    """
 
     name: str
     work: Work
@@ -107,6 +110,7 @@ class Plan:
     freezes: tuple[Frozen, ...]
     disk: Disk
     study: Study | None
+    warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -140,6 +144,7 @@ def plan(job: JobConfig) -> Plan:
         freezes=freezes,
         disk=_disk(own, freezes),
         study=_study(job, largest) if job.tune else None,
+        warnings=ready.warnings,
     )
 
 

@@ -15,6 +15,7 @@ from ray.tune.search.optuna import OptunaSearch
 import ray
 from banjoray.config.job import JobConfig
 from banjoray.config.search import Dimension
+from banjoray.data.bad_rows import lines_about, write_list
 from banjoray.errors import TrainingFailed
 from banjoray.training.checkpoints import Checkpoint, Store
 from banjoray.training.compatibility import check
@@ -49,7 +50,9 @@ def tune(job: JobConfig, watch: Watch | None = None, say: Say = lambda line: Non
     """
     job = job.anchored(Path.cwd())
     search_of(job)
-    prepare(job)
+    left_out = prepare(job).splits.left_out
+    for line in lines_about(left_out):
+        say(line)
     for key, corner in corner_jobs(job):
         check(corner)
         if key.split(".")[0] in STRUCTURAL:
@@ -63,6 +66,8 @@ def tune(job: JobConfig, watch: Watch | None = None, say: Say = lambda line: Non
         watch = watch or in_lines(say, job.train.metric)
         driver = Driver(drawn_from, study.url, watch, janitor, needs_group(job))
         say(_opening(drawn_from, study))
+        if listed := write_list(left_out, study.url):
+            say(f"all bad rows  {listed}")
         trials = _run_trials(drawn_from, study, driver)
         ranked = sorted(trials, key=lambda trial: _rank(trial, job))
         winner = ranked[0] if ranked else None
