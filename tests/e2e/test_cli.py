@@ -197,6 +197,72 @@ def test_train_json_is_one_object_on_stdout_and_progress_is_on_stderr(folder: Pa
     assert json.loads(scored.stdout)["metrics"] == pytest.approx(told["metrics"], abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def bad_rows(folder: Path) -> list[str]:
+    """Arguments that give the job a train file whose rows 2 and 9 can't be used."""
+    lines = [json.dumps(row).encode() for row in sample_rows("train")[:96]]
+    lines.insert(1, b'{"text": "caf\xe9", "label": "joy"}')
+    lines.insert(8, b'{"text": " ", "label": "joy"}')
+    (folder / "bad.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    return ["job.yaml", "--set", "data.files.train=bad.jsonl"]
+
+
+LISTED = [
+    {"file": "bad.jsonl", "row": 2, "column": None, "reason": "line 2 is not UTF-8 (byte 14 of the line)"},
+    {"file": "bad.jsonl", "row": 9, "column": "text", "reason": "holds only blanks; needed text"},
+]
+LEFT_OUT = [
+    "train: 2 of 98 rows of bad.jsonl left out (not UTF-8: 1, no text: 1)",
+    "  bad.jsonl: line 2 is not UTF-8 (byte 14 of the line)",
+    "  bad.jsonl row 9, column 'text' holds only blanks; needed text",
+]
+
+
+def test_train_leaves_out_bad_rows_where_it_is_told_to_and_lists_them_in_the_runs_folder(
+    folder: Path, bad_rows: list[str]
+) -> None:
+    done = run("train", *bad_rows, "--set", "train.epochs=1", "--skip-bad-rows", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert done.stderr.splitlines()[:3] == LEFT_OUT
+    listed = folder / "runs" / told["run_id"] / "bad_rows.jsonl"
+    assert f"all bad rows  {listed}" in done.stderr.splitlines()
+    assert [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()] == LISTED
+
+    scored = run("score", told["version"], "--split", "validation", "--registry", str(folder / "registry"), "--json")
+    assert json.loads(scored.stdout)["metrics"] == pytest.approx(told["metrics"], abs=1e-6)
+    assert json.loads(scored.stdout)["same_data"]
+    assert scored.stderr.splitlines() == LEFT_OUT
+    assert "--skip-bad-rows" in run("score", "--help").stdout
+
+
+@pytest.mark.parametrize("verb", ["train", "tune", "plan", "data"])
+def test_verbs_that_read_rows_refuse_bad_ones_unless_told_to_leave_them_out(
+    verb: str, bad_rows: list[str], call: Call
+) -> None:
+    assert "--skip-bad-rows" in call(verb, "--help").stdout
+    space = ["--set", "tune.space={train.learning_rate: {loguniform: [1e-4, 1e-3]}}"] * (verb == "tune")
+    done = call(verb, *bad_rows, *space)
+    _assert_one_line(done, ["bad.jsonl can't be read: line 2 is not UTF-8 (byte 14 of the line)"])
+
+
+def test_looking_at_a_job_tells_of_the_rows_that_are_left_out(folder: Path, bad_rows: list[str], call: Call) -> None:
+    planned = call("plan", *bad_rows, "--skip-bad-rows", "--json")
+    assert (json.loads(planned.stdout)["work"]["train_rows"], planned.stderr.splitlines()) == (96, LEFT_OUT)
+
+    looked = call("data", *bad_rows, "--skip-bad-rows", "--page", "data.html", "--json")
+    assert json.loads(looked.stdout)["left_out"][0]["bad"] == LISTED
+    assert looked.stderr.splitlines() == [*LEFT_OUT, "all bad rows  ./bad_rows.jsonl"]
+    assert [json.loads(line) for line in (folder / "bad_rows.jsonl").read_text().splitlines()] == LISTED
+
+    tree = yaml.safe_load((folder / "job.yaml").read_text(encoding="utf-8"))
+    tree["data"]["files"]["train"] = "bad.jsonl"
+    (folder / "bad.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    _assert_one_line(call("check", "bad.yaml"), ["bad.jsonl can't be read"])
+    checked = call("check", "bad.yaml", "--skip-bad-rows")
+    assert (checked.returncode, checked.stderr.splitlines()) == (0, LEFT_OUT)
+
+
 def test_a_gate_that_refuses_gives_exit_code_3(folder: Path) -> None:
     done = run("train", "job.yaml", "--set", "train.epochs=1", "--set", "registry.gate.at_least=1.1", cwd=folder)
     assert done.returncode == 3

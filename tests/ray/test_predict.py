@@ -58,12 +58,13 @@ def test_a_bad_row_is_written_with_its_error_and_the_rest_go_on(tmp_path: Path, 
     file = tmp_path / "rows.jsonl"
     good = json.dumps({"text": "i am so happy"}).encode()
     bad = [b"{broken", b'{"text": "\xff\xfe"}', b'{"text": 7}', b'{"words": "x"}', b'{"text": "  "}', b"", b'["x"]']
+    bad += [b'{"text": "' + b"a " * 2**19 + b'"}', b'{"text": "half \\ud83d"}']
     file.write_bytes(b"\n".join([good, *bad, good]) + b"\n")
     found = predicted(trained, file, tmp_path / "out.jsonl")
     lines = told(tmp_path / "out.jsonl")
-    assert (found.rows, found.failed) == (9, 7)
-    assert lines[0]["answer"] == lines[8]["answer"]
-    errors = [line["error"] for line in lines[1:8]]
+    assert (found.rows, found.failed) == (11, 9)
+    assert lines[0]["answer"] == lines[10]["answer"]
+    errors = [line["error"] for line in lines[1:10]]
     assert [error.split(";")[0].split(" (")[0] for error in errors[:3]] == [
         "not JSON",
         "not UTF-8",
@@ -73,7 +74,28 @@ def test_a_bad_row_is_written_with_its_error_and_the_rest_go_on(tmp_path: Path, 
     assert "nothing but blanks" in errors[4]
     assert errors[5].startswith("not JSON")
     assert errors[6] == "found list; needed an object with columns"
+    assert errors[7] == "inputs: found 1,048,576 characters; needed fewer than 1,000,000"
+    # As training says it of the same line.
+    assert errors[1] == "not UTF-8 (byte 11 of the line)"
+    assert errors[8] == "not UTF-8 (half a character: a lone surrogate)"
     assert found.first_errors[0] == f"row 2: {errors[0]}"
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv"])
+def test_a_line_that_is_not_utf8_and_a_text_of_1_mb_fail_alone(tmp_path: Path, trained: Trained, kind: str) -> None:
+    file = tmp_path / f"rows.{kind}"
+    texts = [b"i am so happy", b"caf\xe9 here", b"a " * 2**19, b"007", b"NA", "naïve café".encode()]
+    head, cells = ([b"text"], [b'"two\nlines"']) if kind == "csv" else ([], [])
+    file.write_bytes(b"\n".join([*head, *texts, *cells]) + b"\n")
+    found = predicted(trained, file, tmp_path / "out.jsonl")
+    lines = told(tmp_path / "out.jsonl")
+    assert (found.rows, found.failed) == (6 + len(cells), 2)
+    part = "cell" if kind == "csv" else "line"
+    assert lines[1] == {"row": 2, "error": f"not UTF-8 (byte 4 of the {part})"}
+    assert lines[2] == {"row": 3, "error": "inputs: found 1,048,576 characters; needed fewer than 1,000,000"}
+    good = ["i am so happy", "007", "NA", "naïve café", *["two\nlines"] * len(cells)]
+    labels = [line["answer"][0][0]["label"] for line in lines if "answer" in line]
+    assert labels == [answer[0]["label"] for answer in ask(trained[2], {"inputs": good})]
 
 
 @pytest.mark.parametrize("kind", ["txt", "csv", "parquet"])
