@@ -188,7 +188,7 @@ class Scorer:
 
 
 def _cell(row: Mapping[str, Any], name: str) -> Any:
-    """The cell of a column, as plain values; a dot reaches into a nested one (translation.en). KeyError: there is none."""
+    """A cell as plain values; a dot reaches into a nested column (translation.en). KeyError: there is none."""
     outer, _, inner = name.partition(".")
     if name not in row and isinstance(row.get(outer), Mapping):
         return _cell(row[outer], inner)
