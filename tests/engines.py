@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from banjoray.config.job import JobConfig
 from banjoray.registry import ModelVersion, Registry
 from banjoray.serving.engine import Engine, load
@@ -45,3 +47,12 @@ def ask(engine: Engine, request: dict[str, Any], together: bool = True) -> Any:
     features = [feature for row in rows for feature in row]
     outputs = engine.forward(features) if together else [engine.forward([feature])[0] for feature in features]
     return json.loads(json.dumps(engine.answer(asked, rows, outputs), allow_nan=False))
+
+
+def near(expected: Any) -> Any:
+    """The same answer, with numbers that may differ by rounding: other batches round otherwise."""
+    if isinstance(expected, list):
+        return [near(one) for one in expected]
+    if isinstance(expected, dict):
+        return {key: near(value) for key, value in expected.items()}
+    return pytest.approx(expected, abs=1e-5) if isinstance(expected, float) else expected

@@ -1,17 +1,20 @@
 """Files are answered as requests are, in order, and a bad row fails alone."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from banjoray.config.job import JobConfig
-from banjoray.errors import ConfigError, DataError, RegistryError
+from banjoray.config.job import DataConfig, JobConfig
+from banjoray.errors import ConfigError, DataError, RegistryError, RequestError
 from banjoray.registry import ModelVersion
-from banjoray.serving.batch import Predicted, answered, predict
+from banjoray.serving.batch import Predicted, _cell, answered, predict
 from banjoray.serving.engine import Engine
+from banjoray.tasks.task import task_for
 from engines import ask, engine_of, registered
 from factories import sample_rows
 
@@ -138,3 +141,42 @@ def test_what_is_wrong_with_the_question_is_said_and_nothing_is_written(tmp_path
 def test_a_parameter_that_the_task_does_not_have_is_every_rows_error(trained: Trained) -> None:
     lines = answered(trained[2], ["a", "b"], {"topk": 1})
     assert [line["error"].split(";")[0] for line in lines] == ["parameters: unknown ['topk']"] * 2
+
+
+COLUMNS: dict[str, dict[str, str]] = {
+    "text-classification": {"text": "a", "text_pair": "b"},
+    "zero-shot-classification": {"text": "a"},
+    "feature-extraction": {"text": "a"},
+    "fill-mask": {"text": "a"},
+    "token-classification": {"tokens": "words", "text": "a"},
+    "question-answering": {"question": "q", "context": "c"},
+    "translation": {"text": "a"},
+    "text-generation": {"text": "a"},
+}
+
+
+@pytest.mark.parametrize("task", COLUMNS)
+def test_a_row_is_asked_for_what_the_task_reads_and_not_for_what_it_learns(task: str) -> None:
+    columns = {"text": "a", "text_pair": "b", "tokens": "words", "question": "q", "context": "c", "target": "t"}
+    data = DataConfig.model_validate({"source": "x", "columns": columns})
+    assert task_for(task).asked(data) == COLUMNS[task]
+
+
+def test_words_are_asked_for_as_the_text_that_training_made_of_them() -> None:
+    task = task_for("token-classification")
+    spans = DataConfig.model_validate({"source": "x", "columns": {"spans": "entities"}})
+    assert task.asked(spans) == {"text": "text"}
+    assert task.inputs({"text": "Ada meets Bo"}) == "Ada meets Bo"
+    assert task.inputs({"tokens": ["Ada", "meets", "Bo"], "text": "other"}) == "Ada meets Bo"
+    for wrong in ("Ada", ["Ada", 3], None):
+        with pytest.raises(RequestError, match=re.escape(f"tokens: found {wrong!r}; needed a list of words")):
+            task.inputs({"tokens": wrong})
+
+
+def test_a_column_is_found_inside_another_and_in_a_table() -> None:
+    row = {"translation": {"en": "one", "de": {"old": "eyn"}}, "plain.en": "two", "plain": {"en": "three"}}
+    assert [_cell(row, name) for name in ("translation.en", "translation.de.old", "plain.en")] == ["one", "eyn", "two"]
+    assert _cell({"tokens": np.array(["a", "b"], dtype=object)}, "tokens") == ["a", "b"]
+    for name in ("translation.fr", "plain.de", "text", "translation.en.old"):
+        with pytest.raises(KeyError):
+            _cell(row, name)

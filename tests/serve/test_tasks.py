@@ -14,7 +14,7 @@ from banjoray.config.job import JobConfig
 from banjoray.registry import Registry
 from banjoray.serving.app import serving
 from banjoray.serving.engine import Engine
-from engines import ask, engine_of, registered
+from engines import ask, engine_of, near, registered
 from factories import make_job
 from masked import masked_job
 from pairs import nli_job
@@ -92,15 +92,6 @@ def plain(found: Any) -> Any:
         return [plain(one) for one in found]
     told = asdict(found) if is_dataclass(found) and not isinstance(found, type) else found
     return {key: value for key, value in told.items() if value is not None} if isinstance(told, dict) else told
-
-
-def near(expected: Any) -> Any:
-    """The same, with numbers that may differ by rounding: a replica's batches are others."""
-    if isinstance(expected, list):
-        return [near(one) for one in expected]
-    if isinstance(expected, dict):
-        return {key: near(value) for key, value in expected.items()}
-    return pytest.approx(expected, abs=1e-5) if isinstance(expected, float) else expected
 
 
 def test_text_classification(served: Served) -> None:

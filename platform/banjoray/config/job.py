@@ -47,7 +47,8 @@ class ModelConfig(Section):
 
     base: str = Field(
         "distilbert-base-uncased",
-        description="Hub id, local folder, or banjoray:minilm (all-MiniLM-L6-v2 from the quickstart extra).",
+        description="Hub id, local folder, banjoray:minilm (all-MiniLM-L6-v2 from the quickstart extra), or a small "
+        "model of random weights to try a job out with: banjoray:tiny-bert, tiny-gpt2, tiny-t5, tiny-bart.",
     )
     revision: str = Field("main", description="Branch, tag or commit of a hub model.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
@@ -88,7 +89,11 @@ class ColumnsConfig(Section):
 class DataConfig(Section):
     """Where the rows come from and how they are read."""
 
-    source: str | None = Field(None, description="Hub id of a data set, or banjoray:emotion (ships with banjoray).")
+    source: str | None = Field(
+        None,
+        description="Hub id of a data set, or banjoray:NAME for one that ships with banjoray: emotion, answers, "
+        "dialogues, entailment, entities, phrases, questions.",
+    )
     config: str | None = Field(None, description="Configuration of a hub data set.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub data set.")
     files: FilesConfig | None = Field(None, description="Files, instead of source.")

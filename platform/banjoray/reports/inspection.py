@@ -49,7 +49,7 @@ class Inspection:
 
 
 def inspect(target: str, registry: str, overrides: Iterable[str] = (), text: str | None = None) -> Inspection:
-    """What ``target`` is: a job file, a registered version (emotion@7), a folder, a hub id or banjoray:minilm.
+    """What ``target`` is: a job file, a registered version (emotion@7), a folder, a hub id or banjoray:NAME.
 
     No weights are loaded. Raises ConfigError, DataError, ModelError, RegistryError.
     """

@@ -7,7 +7,7 @@ order; one that can't be answered is written beside its error, and the rest go o
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,8 +28,6 @@ from banjoray.serving.engine import Engine, load
 from banjoray.training.run import Say, cluster
 from banjoray.training.scoring import EVALUATION_TOKENS
 
-# Columns that a request may have, by the names in data.columns of the version's job.
-ASKED = ("text", "text_pair", "question", "context")
 ROWS = 512
 LINES = (".jsonl", ".txt")
 TABLES = (".csv", ".parquet")
@@ -168,8 +166,8 @@ class Scorer:
         torch.set_num_threads(threads)
         self._engine: Engine = load(version, registry)
         self._kind, self._parameters = kind, parameters
-        named = load_job(Registry(registry).fetch(self._engine.version) / "job.yaml").data.columns
-        self._columns = {key: name for key in ASKED if (name := getattr(named, key, None)) is not None}
+        job = load_job(Registry(registry).fetch(self._engine.version) / "job.yaml")
+        self._columns = self._engine.task.asked(job.data)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """{"told": a JSON object per row}."""
@@ -199,11 +197,26 @@ class Scorer:
             return found
         if "inputs" in found:
             return found["inputs"]
-        asked = {key: found[name] for key, name in self._columns.items() if name in found}
+        asked = {}
+        for key, name in self._columns.items():
+            with suppress(KeyError):
+                asked[key] = _cell(found, name)
         if not asked:
             needed = ", ".join(f"'{name}'" for name in self._columns.values())
             return RequestError(f"none of the columns {needed}, and no 'inputs'; found {sorted(map(str, found))}")
-        return asked["text"] if list(asked) == ["text"] else asked
+        try:
+            return self._engine.task.inputs(asked)
+        except RequestError as error:
+            return error
+
+
+def _cell(row: Mapping[str, Any], name: str) -> Any:
+    """A cell as plain values; a dot reaches into a nested column (translation.en). KeyError: there is none."""
+    outer, _, inner = name.partition(".")
+    if name not in row and isinstance(row.get(outer), Mapping):
+        return _cell(row[outer], inner)
+    cell = row[name]
+    return cell.tolist() if isinstance(cell, np.ndarray) else cell
 
 
 def _undisguised(cell: Any) -> Any:

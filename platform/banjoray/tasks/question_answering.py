@@ -97,6 +97,10 @@ class QuestionAnswering(Task):
         metrics = {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
         return Score(metrics | {"loss": _loss(outputs, _targets(tokens))})
 
+    def asked(self, data: DataConfig) -> dict[str, str]:
+        """The question and its context."""
+        return named_columns(data, ("question", "context"))
+
     def parse(self, inputs: Any, parameters: Mapping[str, Any]) -> Ask:
         """Rows of {"question", "context"}, with the parameters that say how a context is cut."""
         only_known(parameters, _PARAMETERS, self.name)

@@ -8,7 +8,7 @@ import numpy as np
 
 from banjoray.config.job import DataConfig, JobConfig
 from banjoray.data.bad_rows import TOO_LONG, half_a_character
-from banjoray.data.splits import Split, Splits
+from banjoray.data.splits import Split, Splits, named_columns
 from banjoray.data.tokens import IGNORED, Feature, Features, Tokens
 from banjoray.errors import ConfigError, RequestError
 
@@ -159,6 +159,14 @@ class Task(Protocol):
     def probe(self, tokenizer: Any) -> Feature:
         """What a loaded model is tried with before any request."""
         return Feature({"input_ids": [tokenizer.pad_token_id] * 8})
+
+    def asked(self, data: DataConfig) -> dict[str, str]:
+        """The columns of a file's row that a request is made of: keys of data.columns and their names."""
+        return named_columns(data, ("text",))
+
+    def inputs(self, row: Mapping[str, Any]) -> Any:
+        """What `parse` takes for the cells of a row, those of `asked` that it has."""
+        return row["text"] if list(row) == ["text"] else dict(row)
 
     def parse(self, inputs: Any, parameters: Mapping[str, Any]) -> Ask:
         """What an HTTP request asks; raises RequestError that says what was wrong with its inputs."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from banjoray.config.job import DataConfig, JobConfig
-from banjoray.data.splits import Split, Splits, labelled_splits
+from banjoray.data.splits import Split, Splits, labelled_splits, named_columns
 from banjoray.data.tokens import Features, Tokens, encode_texts
 from banjoray.errors import RequestError
 from banjoray.tasks.task import Ask, Score, Seen, Task, log_softmax, only_known, text_of, whole_number
@@ -55,6 +55,10 @@ class TextClassification(Task):
         np.add.at(confusion, (targets, predicted), 1)
         table = tuple(tuple(map(int, row)) for row in confusion)
         return Score(metrics, table, tuple(labels), _per_label(confusion, labels))
+
+    def asked(self, data: DataConfig) -> dict[str, str]:
+        """The text, and the second one of a pair."""
+        return named_columns(data, ("text", "text_pair"))
 
     def parse(self, inputs: Any, parameters: Mapping[str, Any]) -> Ask:
         """Rows of {"text"} or {"text", "text_pair"}."""

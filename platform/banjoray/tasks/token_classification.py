@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from banjoray.config.job import DataConfig, JobConfig
-from banjoray.data.splits import Split, Splits
+from banjoray.data.splits import Split, Splits, named_columns
 from banjoray.data.tags import OUTSIDE, tagged_splits
 from banjoray.data.tokens import IGNORED, Features, Tokens
 from banjoray.data.windows import pieces_of, windows
@@ -116,6 +116,19 @@ class TokenClassification(Task):
         metrics["accuracy"] = float(right.mean())
         metrics["loss"] = float(known.sum() / max(1, len(known)))
         return Score(metrics, per_label=by_type)
+
+    def asked(self, data: DataConfig) -> dict[str, str]:
+        """The words where the job has words, or else the text."""
+        return named_columns(data, ("text",) if data.columns.spans is not None else ("tokens", "text"))
+
+    def inputs(self, row: Mapping[str, Any]) -> Any:
+        """The text; of words, these with a blank between them, as training reads them."""
+        if "tokens" not in row:
+            return row["text"]
+        words = row["tokens"]
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise RequestError(f"tokens: found {words!r}; needed a list of words")
+        return " ".join(words)
 
     def parse(self, inputs: Any, parameters: Mapping[str, Any]) -> Ask:
         """Rows of {"text"}, with the request's {"stride"} if it has one."""

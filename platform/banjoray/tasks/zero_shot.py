@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from banjoray.config.job import JobConfig
-from banjoray.data.splits import Splits
+from banjoray.config.job import DataConfig, JobConfig
+from banjoray.data.splits import Splits, named_columns
 from banjoray.errors import ConfigError, DataError, RequestError
 from banjoray.tasks.task import Ask, Seen, log_softmax, only_known, text_of, true_or_false
 from banjoray.tasks.text_classification import TextClassification
@@ -35,6 +35,10 @@ class ZeroShot(TextClassification):
         found = super().splits(job, token)
         entailment_of(found.labels)
         return found
+
+    def asked(self, data: DataConfig) -> dict[str, str]:
+        """The text; what has to follow from it comes from the request's labels."""
+        return named_columns(data, ("text",))
 
     def parse(self, inputs: Any, parameters: Mapping[str, Any]) -> Ask:
         """A row for every text and candidate label, label by label: the text, and what has to follow from it."""
