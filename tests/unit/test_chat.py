@@ -190,7 +190,7 @@ def test_no_token_reaches_over_the_beginning_of_an_answer() -> None:
         (
             THINKING,
             "user:one assistant:eins",
-            r"writes turn 2 of .* after another beginning than its generation prompt",
+            "writes turn 2 of .* after another beginning than its",
         ),
         (WITHOUT_SYSTEM, TWO_ANSWERS, r"refuses a conversation of system, .* \(no system turn\); needed turns in"),
         (MARKED.replace("'assistant' %}", "'model' %}"), "user:one assistant:eins", r"outside its \{% generation %\}"),
