@@ -59,9 +59,9 @@ def conversation_ids(turns: Sequence[Turn], tokenizer: Any) -> tuple[list[int], 
     """
     last = max(number for number, turn in enumerate(turns) if turn["role"] == "assistant")
     turns = turns[: last + 1]
+    whole = _written(turns, tokenizer)
     if _MARKED.search(tokenizer.get_chat_template()):
         return _as_marked(turns, tokenizer)
-    whole = _written(turns, tokenizer)
     borders: list[int] = []
     for number, turn in enumerate(turns):
         if turn["role"] == "assistant":
@@ -83,7 +83,6 @@ def turn_end(tokenizer: Any) -> list[int]:
 
 def _as_marked(turns: Sequence[Turn], tokenizer: Any) -> tuple[list[int], list[bool]]:
     """What stands between a template's ``{% generation %}`` marks, and the token that ends a turn behind them."""
-    _written(turns, tokenizer)
     found = tokenizer.apply_chat_template(list(turns), return_dict=True, return_assistant_tokens_mask=True)
     ids, wrote = list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
     ends = {tokenizer.eos_token_id, *turn_end(tokenizer)}

@@ -22,8 +22,8 @@ def special_ids(tokenizer: Any) -> set[int]:
 def details(ids: Sequence[int], logprobs: Sequence[float], settings: Settings, tokenizer: Any) -> dict[str, Any]:
     """How a text came about, token by token."""
     pieces = Pieces(tokenizer)
-    told = (Told(int(number), float(logprob), False) for number, logprob in zip(ids, logprobs, strict=True))
-    tokens = [pieces.token(token, place == len(ids)) for place, token in enumerate(told, start=1)]
+    pairs = enumerate(zip(ids, logprobs, strict=True), start=1)
+    tokens = [pieces.token(Told(number, logprob, place == len(ids))) for place, (number, logprob) in pairs]
     return {
         "finish_reason": finish_reason(ids, settings, tokenizer),
         "generated_tokens": len(ids),
@@ -53,10 +53,10 @@ class Pieces:
         self._ids: list[int] = []
         self._told = 0
 
-    def token(self, told: Told, last: bool) -> dict[str, Any]:
-        """The next token; ``last``: none follows, so that half a letter is told as it is."""
+    def token(self, told: Told) -> dict[str, Any]:
+        """The next token. If it is the last, half a letter is told as it is."""
         special = told.number in self._special
-        text = self._text(told.number, special, last)
+        text = self._text(told.number, special, told.last)
         return {"id": told.number, "text": text, "logprob": told.logprob, "special": special}
 
     def _text(self, number: int, special: bool, last: bool) -> str:
@@ -86,7 +86,7 @@ class Events:
     def event(self, told: Told) -> dict[str, Any]:
         """What is said of the next token."""
         self._ids.append(told.number)
-        token = self._pieces.token(told, told.last)
+        token = self._pieces.token(told)
         event = {"index": len(self._ids), "token": token, "generated_text": None, "details": None}
         if told.last:
             event["generated_text"] = self._prompt + text_of_ids(self._ids, self._tokenizer)
