@@ -1,5 +1,6 @@
 """Tiny models that write, their tokenizers and rows: built here in milliseconds, nothing is downloaded."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,18 @@ def words_tokenizer(single: str = "$A </s>", pads: bool = True) -> Any:
         eos_token="</s>",
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def bytes_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> Any:
+    """A tokenizer whose tokens are bytes, and </s>; ``merges`` are pairs of byte-level letters (a line break is Ċ)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
 
 
 def language_tokenizer(kind: str) -> Any:

@@ -292,8 +292,9 @@ def test_openapi_documents_both_ways_to_ask(client: httpx.Client) -> None:
     for path in ("/", "/models/{name}"):
         documented = paths[path]["post"]
         body = documented["requestBody"]["content"]["application/json"]["schema"]
-        assert set(body["properties"]) == {"inputs", "parameters"}
+        assert set(body["properties"]) == {"inputs", "parameters", "stream"}
         assert {"200", "400", "404", "413", "422"} <= set(documented["responses"])
+        assert set(documented["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     assert [entry["name"] for entry in paths["/models/{name}"]["post"]["parameters"]] == ["name"]
 
 

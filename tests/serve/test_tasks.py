@@ -5,10 +5,12 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import huggingface_hub.constants
 import pytest
 import yaml
 from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
 
 from banjoray.config.job import JobConfig
 from banjoray.registry import Registry
@@ -47,8 +49,11 @@ class Served:
     def __init__(self, url: str, engines: dict[str, Engine]) -> None:
         self._url, self._engines = url, engines
 
+    def address(self, task: str) -> str:
+        return f"{self._url}/{task}/models/{task}"
+
     def client(self, task: str) -> InferenceClient:
-        return InferenceClient(model=f"{self._url}/{task}/models/{task}")
+        return InferenceClient(model=self.address(task))
 
     def ask(self, task: str, inputs: Any, **parameters: Any) -> Any:
         return ask(self._engines[task], {"inputs": inputs, "parameters": parameters})
@@ -164,3 +169,42 @@ def test_text_generation(served: Served) -> None:
     assert told.generated_text == found
     assert told.details is not None
     assert told.details.generated_tokens == len(told.details.tokens)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"temperature": 2.0, "seed": 4}, {"stop": ["zwei"]}])
+def test_streamed_text_generation_is_the_whole_answer_piece_by_piece(
+    served: Served, parameters: dict[str, Any]
+) -> None:
+    client = served.client("text-generation")
+    asked = {"prompt": "one two", "max_new_tokens": 5, **parameters}
+    whole = client.text_generation(**asked, details=True)
+    told = list(client.text_generation(**asked, details=True, stream=True))
+    assert [plain(event.token) for event in told] == near([plain(token) for token in whole.details.tokens])
+    assert [event.index for event in told] == list(range(1, len(told) + 1))
+    assert [event.generated_text for event in told] == [None] * (len(told) - 1) + [whole.generated_text]
+    assert told[-1].details.finish_reason == whole.details.finish_reason
+    assert list(client.text_generation(**asked, stream=True)) == [event.token.text for event in told]
+
+
+def test_a_stream_says_which_version_answers_and_one_that_is_left_keeps_nobody_waiting(served: Served) -> None:
+    body = {"inputs": "one two", "stream": True, "parameters": {"max_new_tokens": 60, "min_new_tokens": 60}}
+    with httpx.stream("POST", served.address("text-generation"), json=body, timeout=60) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["x-model-version"].startswith("text-generation@")
+        assert next(response.iter_lines()).startswith("data: {")
+    answer = served.client("text-generation").text_generation("one two", max_new_tokens=4)
+    assert answer == served.ask("text-generation", "one two", max_new_tokens=4)[0]["generated_text"]
+
+
+def test_what_cannot_be_streamed_is_refused_before_a_stream_begins(served: Served) -> None:
+    address = served.address("text-generation")
+    for body, message in (
+        ({"inputs": "one", "parameters": {"num_beams": 2}}, "parameters.num_beams: found 2"),
+        ({"inputs": ["one", "two"]}, "inputs: found 2 prompts with stream: true"),
+    ):
+        refused = httpx.post(address, json=body | {"stream": True}, timeout=60)
+        assert refused.status_code == 422
+        assert message in refused.json()["error"]
+    with pytest.raises(HfHubHTTPError, match="422"):
+        list(served.client("text-generation").text_generation("one", stream=True, top_n_tokens=3))

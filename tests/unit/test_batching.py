@@ -7,6 +7,7 @@ that a test decides what arrives during one; nothing waits for time to pass.
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
 from typing import TypeVar
 
 import numpy as np
@@ -268,3 +269,96 @@ def test_no_rows_need_no_pass() -> None:
     model = Model()
     assert run(model, 10, lambda batcher: batcher.outputs([])) == []
     assert model.batches == []
+
+
+def counting(upto: int, error: Exception | None = None) -> Callable[[Callable[[int], None]], None]:
+    """What tells numbers, and then raises."""
+
+    def write(tell: Callable[[int], None]) -> None:
+        for number in range(upto):
+            tell(number)
+        if error is not None:
+            raise error
+
+    return write
+
+
+def test_a_stream_tells_its_pieces_in_order() -> None:
+    async def scene(batcher: Batcher[str, str]) -> list[int]:
+        return [piece async for piece in batcher.stream(counting(500))]
+
+    assert run(Model(), 10, scene) == list(range(500))
+
+
+def test_a_stream_and_passes_take_turns_in_one_thread() -> None:
+    model = Model(free=False)
+    order: list[str] = []
+
+    async def scene(batcher: Batcher[str, str]) -> None:
+        async def streamed() -> None:
+            assert [piece async for piece in batcher.stream(counting(3))] == [0, 1, 2]
+            order.append("stream")
+
+        async def asked(row: str) -> None:
+            await batcher.outputs([row])
+            order.append(row)
+
+        first = asyncio.create_task(asked("first"))
+        await model.begun()
+        others = [asyncio.create_task(streamed()), asyncio.create_task(asked("second"))]
+        await settle()
+        assert order == []
+        model.let(2)
+        await asyncio.gather(first, *others)
+
+    run(model, 10, scene)
+    assert sorted(order) == ["first", "second", "stream"]
+    assert order[0] == "first"
+
+
+def test_a_slow_listener_holds_up_nobody() -> None:
+    async def scene(batcher: Batcher[str, str]) -> list[int]:
+        async with aclosing(batcher.stream(counting(50))) as pieces:
+            found = [await anext(pieces)]
+            # The row's pass comes after the whole stream, of which one piece was read.
+            assert await batcher.outputs(["row"]) == ["ROW"]
+            return found + [piece async for piece in pieces]
+
+    assert run(Model(), 10, scene) == list(range(50))
+
+
+def test_a_stream_raises_what_went_wrong_after_the_pieces_before_it_and_the_batcher_goes_on() -> None:
+    async def scene(batcher: Batcher[str, str]) -> tuple[list[int], list[str]]:
+        async with aclosing(batcher.stream(counting(2, ValueError("half way")))) as pieces:
+            found = [await anext(pieces), await anext(pieces)]
+            with pytest.raises(ValueError, match="half way"):
+                await anext(pieces)
+        return found, await batcher.outputs(["after"])
+
+    assert run(Model(), 10, scene) == ([0, 1], ["AFTER"])
+
+
+def test_a_stream_that_nobody_waits_for_does_not_begin() -> None:
+    model = Model(free=False)
+    begun: list[str] = []
+
+    async def scene(batcher: Batcher[str, str]) -> list[list[str]]:
+        def write(tell: Callable[[int], None]) -> None:
+            begun.append("stream")
+            tell(0)
+
+        async def listen() -> None:
+            async with aclosing(batcher.stream(write)) as pieces:
+                await anext(pieces)
+
+        first = asyncio.create_task(batcher.outputs(["first"]))
+        await model.begun()
+        left = asyncio.create_task(listen())
+        await settle()
+        left.cancel()
+        await settle()
+        model.let(2)
+        return [await first, await batcher.outputs(["after"])]
+
+    assert run(model, 10, scene) == [["FIRST"], ["AFTER"]]
+    assert begun == []

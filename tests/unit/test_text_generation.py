@@ -214,7 +214,7 @@ def test_the_end_of_a_long_prompt_is_read_and_there_is_room_for_what_is_written(
         ({"stop": [""]}, "parameters.stop: found .*; needed a list of texts, none of them empty"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "parameters.stop: found 5 texts; needed at most 4"),
         ({"details": "yes"}, "parameters.details: found 'yes'; needed true or false"),
-        ({"stream": True}, "stream: found true; this endpoint sends whole answers"),
+        ({"stream": "yes"}, "parameters.stream: found 'yes'; needed true or false"),
         ({"max_length": 9}, r"parameters: unknown \['max_length'\]; text-generation has max_new_tokens"),
         ({"truncate": 0}, "parameters.truncate: found 0"),
     ],

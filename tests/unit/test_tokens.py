@@ -179,6 +179,13 @@ def test_another_question_never_gets_the_old_answer(
     assert same(cached_tokens(BASE[0], BASE[1](), BASE[2], tmp_path), old)
 
 
+def test_another_chat_template_is_another_tokenizer() -> None:
+    plain, talking, other = tiny_tokenizer(), tiny_tokenizer(), tiny_tokenizer()
+    talking.chat_template = "{{ messages[0].content }}"
+    other.chat_template = "{{ messages[-1].content }}"
+    assert len({tokenizer_digest(tokenizer) for tokenizer in (plain, talking, other)}) == 3
+
+
 def test_the_digest_of_a_tokenizer_does_not_depend_on_what_it_was_used_for() -> None:
     tokenizer = tiny_tokenizer()
     before = tokenizer_digest(tokenizer)

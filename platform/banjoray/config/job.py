@@ -84,6 +84,11 @@ class ColumnsConfig(Section):
     target: str | None = Field(
         None, description="What should be written: a summary, a translation, the text after a prompt (null: none)."
     )
+    messages: str | None = Field(
+        None,
+        description="text-generation: a conversation, a list of {role, content} (system, user, assistant), instead of "
+        "text and target; the assistant's turns are learned.",
+    )
 
 
 class DataConfig(Section):
@@ -123,6 +128,11 @@ class DataConfig(Section):
         description="text-generation: short texts share a block of max_length tokens, and none sees another; "
         "train.batch_size then counts blocks.",
     )
+    chat_template: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="text-generation: write rows and served prompts by the tokenizer's chat template. auto: messages, "
+        "and text with target where there is a template; always: or fail; never. Texts alone stay as they are.",
+    )
     src_lang: str | None = Field(
         None, description="Language of the texts, as the tokenizer names it (en_XX); for mBART, NLLB, M2M100 alone."
     )
@@ -131,13 +141,23 @@ class DataConfig(Section):
     def cutting(self) -> dict[str, Any]:
         """The keys that decide how rows become token ids."""
         keys = {"max_length", "stride", "max_target_length", "prefix", "packing", "src_lang", "tgt_lang"}
-        return self.model_dump(mode="json", include=keys)
+        return self.model_dump(mode="json", include=keys | {"chat_template"})
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DataConfig":
         if (self.source is None) == (self.files is None):
             found = "both" if self.source else "neither"
             raise ValueError(f"needs either 'source' or 'files', found {found}")
+        return self
+
+    @model_validator(mode="after")
+    def _template_has_rows(self) -> "DataConfig":
+        messages, target = self.columns.messages is not None, self.columns.target is not None
+        if messages and (target or self.chat_template == "never"):
+            beside = "columns.target" if target else "chat_template never"
+            raise ValueError(f"found columns.messages with {beside}; messages hold all turns, and need a template")
+        if self.chat_template == "always" and not (messages or target):
+            raise ValueError("found chat_template always with texts alone; needed columns.messages or columns.target")
         return self
 
 

@@ -128,12 +128,13 @@ class Tokens:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 of everything that decides how the tokenizer cuts text."""
+    """sha256 of everything that decides how the tokenizer cuts text and writes conversations."""
     described: dict[str, Any] = {
         "class": type(tokenizer).__name__,
         "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
         "inputs": tokenizer.model_input_names,
         "cut": tokenizer.truncation_side,
+        "chat": getattr(tokenizer, "chat_template", None),
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -26,6 +26,7 @@ from banjoray.registry import Registry
 from banjoray.serving.batching import Batcher
 from banjoray.serving.engine import load
 from banjoray.serving.protocols import huggingface
+from banjoray.serving.streaming import EventStream
 from banjoray.training.signals import kept_sigterm
 from ray import serve
 
@@ -41,12 +42,18 @@ _BODY = {
     "properties": {
         "inputs": {"description": _INPUTS, "example": "what a lovely surprise"},
         "parameters": {"type": "object", "description": "As the task has them; an unknown one is refused by name."},
+        "stream": {"type": "boolean", "description": "text-generation: an event per token; one text, no beams."},
     },
 }
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}}
 _DOCUMENTED: dict[str, Any] = {
     "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": _BODY}}}},
-    "responses": {200: {"description": "As Hugging Face's client reads the task.", "content": {"application/json": {}}}}
+    "responses": {
+        200: {
+            "description": "As Hugging Face's client reads the task; with stream: true events, an error the last.",
+            "content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}},
+        }
+    }
     | {
         status: {"description": text, "content": {"application/json": {"schema": _ERROR}}}
         for status, text in {400: "Not JSON.", 404: "Another model.", 413: "Too large.", 422: "Wrong shape."}.items()
@@ -101,6 +108,8 @@ class Endpoint:
         body = await _body(request, int(self._config.max_body_mib * 2**20))
         ask = huggingface.parse(body, engine.task, self._config.max_rows)
         rows = await asyncio.to_thread(engine.encode, ask.rows)
+        if ask.stream:
+            return EventStream(huggingface.events(self._batcher.stream(engine.streamed(ask, rows))), self._headers)
         outputs = await self._batcher.outputs([feature for row in rows for feature in row])
         return JSONResponse(engine.answer(ask, rows, outputs), headers=self._headers)
 

@@ -234,6 +234,8 @@ def answered(engine: Engine, inputs: Iterable[Any], parameters: Mapping[str, Any
             if isinstance(row, RequestError):
                 raise row
             ask = engine.task.parse(row, parameters)
+            if ask.stream:
+                raise RequestError("stream: found true; the rows of a file get whole answers, leave it out")
             encoded = engine.encode(ask.rows)
         except RequestError as error:
             told[number] = {"error": error.message}

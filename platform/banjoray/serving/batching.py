@@ -2,10 +2,14 @@
 
 While one pass runs, rows queue up; the next pass takes the row that has waited longest and the rows nearest to it in
 length, as long as rows x longest stays within a budget. With nobody else waiting, a row starts at once.
+
+A stream has the thread to itself from its first piece to its last: rows and other streams wait for its end, as they do
+for that of a pass. It begins when the pass that runs has ended, after streams that were asked for before it.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -19,6 +23,11 @@ class Sized(Protocol):
 
 Row = TypeVar("Row", bound=Sized)
 Output = TypeVar("Output")
+Piece = TypeVar("Piece")
+
+
+class _Left(Exception):
+    """Nobody listens to a stream any more."""
 
 
 @dataclass
@@ -51,6 +60,37 @@ class Batcher(Generic[Row, Output]):
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._drain())
         return list(await asyncio.gather(*(waiting.output for waiting in mine)))
+
+    async def stream(self, write: Callable[[Callable[[Piece], None]], None]) -> AsyncGenerator[Piece, None]:
+        """What ``write``, which runs in the thread of ``forward``, tells the function that it is given, as it tells it.
+
+        Raises what ``write`` raises. Closing the generator makes that function raise, which has to end ``write``; one
+        that has not begun does not begin. A listener who is slow holds up nobody: pieces wait for it here, as many as
+        ``write`` has, so that has to be bounded.
+        """
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[tuple[Piece, ...]] = asyncio.Queue()
+        left = threading.Event()
+
+        def tell(piece: Piece) -> None:
+            if left.is_set():
+                raise _Left
+            loop.call_soon_threadsafe(pieces.put_nowait, (piece,))
+
+        def whole() -> None:
+            if not left.is_set():
+                write(tell)
+
+        written = loop.run_in_executor(self._thread, whole)
+        # Comes after every piece: the loop calls what it is given in order.
+        written.add_done_callback(lambda _: pieces.put_nowait(()))
+        try:
+            while piece := await pieces.get():
+                yield piece[0]
+            await written
+        finally:
+            left.set()
+            written.cancel()
 
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()

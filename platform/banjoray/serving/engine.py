@@ -1,6 +1,6 @@
 """A registered version, loaded and ready to answer. Knows nothing of Ray or HTTP."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,16 @@ class Engine:
         batch = to_tensors(padded(tokens, np.arange(len(features)), self._tokenizer.pad_token_id), self._device)
         with torch.inference_mode():
             return self.task.kept(self._model(**batch), batch, None)
+
+    def streamed(self, ask: Ask, rows: Sequence[Sequence[Feature]]) -> Callable[[Callable[[Any], None]], None]:
+        """What writes the answer to ``ask`` when it is called, and tells who it is given of every piece as it comes.
+
+        It takes as long as a `forward` of the same features, and must not run beside one: what sampling draws would be
+        another. Raises RequestError, before anything is written: an answer that has no pieces.
+        """
+        ((feature,),) = rows
+        self.task.check_stream(self._model, feature)
+        return lambda tell: self.task.stream(self._model, ask, feature, self._tokenizer, tell)
 
     def answer(self, ask: Ask, rows: Sequence[Sequence[Feature]], outputs: Sequence[np.ndarray]) -> Any:
         """The body of the answer to ``ask``; ``outputs`` of the features of all ``rows``, one after the other."""

@@ -4,9 +4,9 @@ What a version does unless it is asked otherwise stands in its generation_config
 ``generate`` writes the same.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from banjoray.config.generation import BEAMS, SAMPLING
 from banjoray.config.job import JobConfig
 from banjoray.data.batches import sorted_batches
 from banjoray.data.tokens import Feature
+from banjoray.errors import RequestError
+from banjoray.tasks.chat import chatting, turn_end
 from banjoray.tasks.languages import starting_in
 from banjoray.tasks.settings import Settings
 
@@ -47,6 +49,10 @@ def set_generation(model: Any, tokenizer: Any, job: JobConfig) -> None:
         config.pad_token_id = tokenizer.pad_token_id
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
+    if job.task == "text-generation" and chatting(job.data, tokenizer):
+        # A template may end a turn with another token than the one that ends a text.
+        ends = ending_ids(model)
+        config.eos_token_id = [*ends, *(number for number in turn_end(tokenizer) if number not in ends)] or None
     if job.data.src_lang and job.data.tgt_lang:
         tokenizer.tgt_lang, tokenizer.src_lang = job.data.tgt_lang, job.data.src_lang
         for name, number in starting_in(tokenizer, job.data.tgt_lang).items():
@@ -82,6 +88,81 @@ def write(model: Any, features: Sequence[Feature], tokenizer: Any) -> list[np.nd
             answers = _batch(model, [prompts[row] for row in rows], plan, tokenizer)
             found |= dict(zip(rows, answers, strict=True))
     return [found[number] for number in range(len(features))]
+
+
+@dataclass(frozen=True)
+class Told:
+    """A token as it is written: its id, the log-probability that the model gave it, and whether it is the last."""
+
+    number: int
+    logprob: float
+    last: bool
+
+
+def check_aloud(model: Any, feature: Feature) -> None:
+    """Refuse, with a RequestError, what `write_aloud` can't write: beams are ranked when all of them have ended."""
+    beams = _plan(model, feature, 0).beams
+    if beams > 1:
+        raise RequestError(
+            f"parameters.num_beams: found {beams} (asked for, or what this version does) with stream: true; which beam "
+            "is best is known at the end; needed num_beams: 1, or no stream"
+        )
+
+
+def write_aloud(model: Any, feature: Feature, tokenizer: Any, tell: Callable[[Told], None]) -> None:
+    """`write` for one feature: ``tell`` is called with every token, before the pass for the next one begins.
+
+    They are those that `write` gives. What ``tell`` raises ends the writing, without another pass, and is raised here.
+    """
+    plan = _plan(model, feature, 0)
+    plan = replace(plan, settings=replace(plan.settings, logprobs=False))
+    aloud = _Aloud(tell)
+    with aloud.hearing(model):
+        _batch(model, [_prompt(model, feature, plan)], plan, tokenizer, [aloud])
+    aloud.end()
+
+
+class _Aloud:
+    """Tells the tokens of one row; whether one is the last is known when the next pass begins, or none does.
+
+    It is a stopping criterion that stops nothing, and two hooks of the model.
+    """
+
+    def __init__(self, tell: Callable[[Told], None]) -> None:
+        self._tell = tell
+        self._waiting: Told | None = None
+        self._scores: Tensor | None = None
+
+    @contextmanager
+    def hearing(self, model: Any) -> Iterator[None]:
+        """While the block runs, the model's passes are heard."""
+        hooks = [model.register_forward_pre_hook(self._before), model.register_forward_hook(self._after)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __call__(self, input_ids: "Tensor", scores: Any, **rest: Any) -> "Tensor":
+        import torch
+
+        assert self._scores is not None
+        number = int(input_ids[0, -1])
+        self._waiting = Told(number, float(torch.log_softmax(self._scores, dim=-1)[number]), last=False)
+        return torch.zeros(1, dtype=torch.bool, device=input_ids.device)
+
+    def _before(self, *_: Any) -> None:
+        if self._waiting is not None:
+            told, self._waiting = self._waiting, None
+            self._tell(told)
+
+    def _after(self, _model: Any, _inputs: Any, outputs: Any) -> None:
+        self._scores = outputs.logits[0, -1].float()
+
+    def end(self) -> None:
+        """Nothing follows."""
+        if self._waiting is not None:
+            self._tell(replace(self._waiting, last=True))
 
 
 def _plan(model: Any, feature: Feature, number: int) -> _Plan:
@@ -122,7 +203,9 @@ def _prompt(model: Any, feature: Feature, plan: _Plan) -> np.ndarray:
     return ids if positions is None else ids[-max(1, positions - plan.new) :]
 
 
-def _batch(model: Any, prompts: Sequence[np.ndarray], plan: _Plan, tokenizer: Any) -> list[np.ndarray]:
+def _batch(
+    model: Any, prompts: Sequence[np.ndarray], plan: _Plan, tokenizer: Any, criteria: Sequence[Any] = ()
+) -> list[np.ndarray]:
     """What is written for some rows in one call; they are padded on the left unless an encoder reads them."""
     import torch
 
@@ -135,7 +218,8 @@ def _batch(model: Any, prompts: Sequence[np.ndarray], plan: _Plan, tokenizer: An
         ids[row, place], mask[row, place] = prompt, 1
     start = 1 if encoder else width
     stop = plan.settings.stop
-    asked = dict(plan.asked) | ({"stopping_criteria": [_Stop(stop, start, tokenizer)]} if stop else {})
+    criteria = [*criteria, *([_Stop(stop, start, tokenizer)] if stop else [])]
+    asked = dict(plan.asked) | ({"stopping_criteria": criteria} if criteria else {})
     tensors = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
     with torch.inference_mode(), _drawing(plan.settings.seed, model.device):
         inputs: Mapping[str, Tensor] = {name: tensor.to(model.device) for name, tensor in tensors.items()}
@@ -189,7 +273,8 @@ def _ended(row: np.ndarray, model: Any, stop: Sequence[str], tokenizer: Any) -> 
 def ending_ids(model: Any) -> list[int]:
     """The ids of the tokens that end a text."""
     found = model.generation_config.eos_token_id
-    return [] if found is None else list(np.atleast_1d(found))
+    ends: list[int] = [] if found is None else np.atleast_1d(found).tolist()
+    return ends
 
 
 def _logprobs(model: Any, prompt: np.ndarray, written: np.ndarray) -> np.ndarray:

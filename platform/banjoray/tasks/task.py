@@ -1,6 +1,6 @@
 """What a task has to say for itself; training, scoring and HTTP all go through one such object."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,11 +41,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Ask:
-    """What a request asks: rows for the model, and parameters for the answer; ``single`` if it was not a list."""
+    """What a request asks: rows for the model, and parameters for the answer; ``single`` if it was not a list.
+
+    ``stream``: to be answered piece by piece, as `Task.stream` tells them.
+    """
 
     rows: list[dict[str, Any]]
     parameters: Mapping[str, Any]
     single: bool = False
+    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,17 @@ class Task(Protocol):
 
     def text_score(self, written: Sequence[np.ndarray], rows: Split, tokenizer: Any) -> dict[str, float]:
         """`text_metrics` of what `generate` gave for every row of a split."""
+        raise TypeError(f"{self.name} writes no text")
+
+    def check_stream(self, model: Any, feature: Feature) -> None:
+        """Refuse, with a RequestError, a feature whose answer `stream` can't tell."""
+        raise RequestError(f"stream: found true; {self.name} sends whole answers, leave it out")
+
+    def stream(self, model: Any, ask: Ask, feature: Feature, tokenizer: Any, tell: Callable[[Any], None]) -> None:
+        """Call ``tell`` with the pieces of the answer to ``ask``, a row of one feature, as the model writes them.
+
+        Together they say what `generate` and `answer` would. What ``tell`` raises ends the writing and is raised here.
+        """
         raise TypeError(f"{self.name} writes no text")
 
     def probe(self, tokenizer: Any) -> Feature:

@@ -1,19 +1,24 @@
 """Text generation: a model that learns to go on with texts, or to answer prompts, one token after another.
 
 ``loss`` and ``perplexity`` are per token, over every token that has to be found: of texts all but the first, of prompts
-with a target those of the target and the token that ends it. No metric needs what the model writes by itself.
+with a target those of the target and the token that ends it, of conversations those that the assistant wrote. No metric
+needs what the model writes by itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from banjoray.config.job import DataConfig, JobConfig
+from banjoray.data.conversations import check_conversations
 from banjoray.data.splits import Splits, named_columns, plain_splits
-from banjoray.data.tokens import IGNORED, Features
+from banjoray.data.tokens import IGNORED, Feature, Features
 from banjoray.errors import ConfigError, RequestError
+from banjoray.tasks.chat import chatting, conversation_ids, conversations, prompt_ids
+from banjoray.tasks.generation import check_aloud, write_aloud
 from banjoray.tasks.packing import apart, check_packing, packed
+from banjoray.tasks.pieces import Events, details, text_of_ids
 from banjoray.tasks.settings import MOST_NEW_TOKENS, WRITING, Settings, read_asked, settled
 from banjoray.tasks.task import Ask, Collate, Seen, only_known, text_of, true_or_false, whole_number
 from banjoray.tasks.writer import Writer
@@ -26,17 +31,22 @@ MOST_STOPS = 4
 
 
 class TextGeneration(Writer):
-    """Texts that go on, by ``AutoModelForCausalLM``; rows are data.columns.text, and data.columns.target if named."""
+    """Texts that go on, by ``AutoModelForCausalLM``.
+
+    Rows are data.columns.text, and data.columns.target if named; or data.columns.messages.
+    """
 
     name = "text-generation"
     auto_model = "AutoModelForCausalLM"
 
     def splits(self, job: JobConfig, token: str | None = None) -> Splits:
-        """Texts to go on with, or prompts and what should follow."""
+        """Texts to go on with, prompts and what should follow, or conversations."""
+        if (column := job.data.columns.messages) is not None:
+            return plain_splits(job, ("messages",), (), token, lambda source: check_conversations(source, column))
         return plain_splits(job, (), tuple(named_columns(job.data, ("text", "target"))), token)
 
     def check(self, job: JobConfig, tokenizer: Any, config: Any) -> None:
-        """Refuse a model that reads what comes after a token, which would find it by looking."""
+        """Refuse a model that reads what comes after a token, which would find it by looking; a missing template."""
         from transformers.models.auto import modeling_auto as known
 
         kind, own = config.model_type, getattr(config, "auto_map", None) or {}
@@ -47,23 +57,27 @@ class TextGeneration(Writer):
                 f"model.base: {job.model.base} is of kind {kind}, which does not go on with a text from left "
                 f"to right; {self.name} needs a decoder such as GPT-2, Llama, Qwen or Mistral"
             )
+        chatting(job.data, tokenizer)
         if job.data.packing:
             check_packing(job, config)
 
     def encode(self, rows: Mapping[str, Sequence[Any]], tokenizer: Any, data: DataConfig) -> Features:
         """Texts as blocks of data.max_length tokens, each token's target being the next one, across blocks too.
 
-        With targets, a feature per row: prompt, target and end, of which prompt tokens are no targets; too long, it
-        loses the start of its prompt, then the end of its target. With data.packing, several such features in one.
-        Rows that a request asks for carry ``settings``: a feature per row, its last data.max_length tokens.
+        With targets or conversations, a feature per row, of which the tokens that are given are no targets; too long,
+        it loses its start up to the last answer, then the end of that. With data.packing, several features in one.
+        Rows that a request asks for carry ``settings``: a feature per row, its last data.max_length tokens, written as
+        training wrote prompts.
         """
         if "settings" in rows:
             return _prompts(rows["text"], rows["settings"], tokenizer, data)
-        ids = _ids(rows["text"], tokenizer)
-        if "target" in rows:
-            found = _answered(ids, _ids(rows["target"], tokenizer, first=False), tokenizer, data)
+        if "text" in rows and "target" not in rows:
+            found = _blocks(_ids(rows["text"], tokenizer), tokenizer, data)
+        elif chatting(data, tokenizer):
+            found = _answered((conversation_ids(turns, tokenizer) for turns in conversations(rows)), data)
         else:
-            found = _blocks(ids, tokenizer, data)
+            prompts, answers = _ids(rows["text"], tokenizer), _ids(rows["target"], tokenizer, first=False)
+            found = _answered(_joined(prompts, answers, tokenizer), data)
         return packed(found, data.max_length) if data.packing else found
 
     def collate(self, job: JobConfig, tokenizer: Any, config: Any) -> Collate | None:
@@ -76,8 +90,9 @@ class TextGeneration(Writer):
         if not prompts:
             raise RequestError("inputs: an empty list; needed a prompt or a list of prompts")
         only_known(parameters, _PARAMETERS, self.name)
-        if true_or_false(parameters, "stream", False):
-            raise RequestError("stream: found true; this endpoint sends whole answers, leave it out")
+        stream = true_or_false(parameters, "stream", False)
+        if stream and len(prompts) > 1:
+            raise RequestError(f"inputs: found {len(prompts)} prompts with stream: true; needed one, or no stream")
         true_or_false(parameters, "return_full_text", False)
         asked = read_asked(parameters, _WRITING, "parameters")
         settings = settled(
@@ -90,7 +105,7 @@ class TextGeneration(Writer):
             {"text": text_of(text, f"inputs[{number}]" if prompts is inputs else "inputs"), "settings": settings}
             for number, text in enumerate(prompts)
         ]
-        return Ask(rows, parameters, prompts is not inputs)
+        return Ask(rows, parameters, prompts is not inputs, stream)
 
     def answer(self, ask: Ask, seen: Sequence[Seen], labels: Sequence[str], tokenizer: Any) -> Any:
         """A list with an object per prompt, also for a single one; what was written alone, unless asked otherwise."""
@@ -98,12 +113,22 @@ class TextGeneration(Writer):
         answers: list[dict[str, Any]] = []
         for row, asked in zip(seen, ask.rows, strict=True):
             found = row.outputs[0]
-            ids = (found[0] if found.ndim == 2 else found).astype(np.int64)
-            text = asked["text"] * full + tokenizer.decode(ids, skip_special_tokens=True)
-            answers.append({"generated_text": text})
+            ids = (found[0] if found.ndim == 2 else found).astype(np.int64).tolist()
+            answers.append({"generated_text": asked["text"] * full + text_of_ids(ids, tokenizer)})
             if found.ndim == 2:
-                answers[-1]["details"] = _details(ids, found[1], asked["settings"], tokenizer)
+                answers[-1]["details"] = details(ids, found[1].tolist(), asked["settings"], tokenizer)
         return answers
+
+    def check_stream(self, model: Any, feature: Feature) -> None:
+        """Refuse beams, whether the request names them or the version has them."""
+        check_aloud(model, feature)
+
+    def stream(self, model: Any, ask: Ask, feature: Feature, tokenizer: Any, tell: Callable[[Any], None]) -> None:
+        """An object per token, with the tokens and the text that a whole answer has."""
+        (asked,) = ask.rows
+        prompt = asked["text"] * true_or_false(ask.parameters, "return_full_text", False)
+        events = Events(tokenizer, asked["settings"], prompt, len(feature), asked["settings"].logprobs)
+        write_aloud(model, feature, tokenizer, lambda told: tell(events.event(told)))
 
 
 def _stops(parameters: Mapping[str, Any]) -> tuple[str, ...]:
@@ -137,11 +162,9 @@ def _end(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _shifted(whole: list[int], known: int) -> tuple[list[int], list[int]]:
-    """What a model reads of some ids, and what it has to find after each; the first ``known`` ids are not asked for."""
-    if len(whole) == 1:
-        return whole, [IGNORED]
-    return whole[:-1], [*[IGNORED] * (known - 1), *whole[known:]]
+def _shifted(whole: list[int]) -> tuple[list[int], list[int]]:
+    """What a model reads of some ids, and what it has to find after each."""
+    return (whole[:-1], whole[1:]) if len(whole) > 1 else (whole, [IGNORED])
 
 
 def _blocks(ids: Sequence[list[int]], tokenizer: Any, data: DataConfig) -> Features:
@@ -151,7 +174,7 @@ def _blocks(ids: Sequence[list[int]], tokenizer: Any, data: DataConfig) -> Featu
     numbers: list[int] = []
     end = _end(tokenizer)
     for row, text in enumerate(ids):
-        read, following = _shifted(text + end, 1)
+        read, following = _shifted(text + end)
         for start in range(0, len(read), data.max_length):
             blocks.append(read[start : start + data.max_length])
             targets.append(following[start : start + data.max_length])
@@ -159,67 +182,39 @@ def _blocks(ids: Sequence[list[int]], tokenizer: Any, data: DataConfig) -> Featu
     return Features({"input_ids": blocks}, numbers, targets=targets)
 
 
-def _answered(prompts: Sequence[list[int]], answers: Sequence[list[int]], tokenizer: Any, data: DataConfig) -> Features:
-    """A feature per prompt and answer; the targets are the answer's tokens and its end."""
+def _joined(
+    prompts: Sequence[list[int]], answers: Sequence[list[int]], tokenizer: Any
+) -> Iterable[tuple[list[int], list[bool]]]:
+    """Prompts, what follows them and its end as ids, and of each whether it has to be found."""
+    for prompt, answer in zip(prompts, answers, strict=True):
+        target = answer + _end(tokenizer)
+        yield prompt + target, [False] * len(prompt) + [True] * len(target)
+
+
+def _answered(rows: Iterable[tuple[list[int], list[bool]]], data: DataConfig) -> Features:
+    """A feature per row of ids; the targets are those ids that have to be found."""
     ids: list[list[int]] = []
     targets: list[list[int]] = []
     cut = 0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        target = answer + _end(tokenizer)
+    for whole, wanted in rows:
         # The last token is a target alone: the model does not read it.
-        spare = len(prompt) + len(target) - (data.max_length + 1)
+        spare = len(whole) - (data.max_length + 1)
         cut += spare > 0
-        # One token of the prompt stays: the first of the target is found from it.
-        begin = prompt[min(max(0, spare), len(prompt) - 1) :]
-        read, following = _shifted((begin + target)[: data.max_length + 1], len(begin))
+        # Where the last answer begins; one token before it stays, from which its first one is found.
+        answer = next((place for place in range(len(whole) - 1, 0, -1) if wanted[place] > wanted[place - 1]), 1)
+        kept = slice(min(max(0, spare), answer - 1), None)
+        begin, asked = whole[kept][: data.max_length + 1], wanted[kept][: data.max_length + 1]
+        read, following = _shifted(begin)
         ids.append(read)
-        targets.append(following)
+        marked = zip(following, asked[1:] or asked, strict=True)
+        targets.append([number if found else IGNORED for number, found in marked])
     return Features({"input_ids": ids}, range(len(ids)), targets=targets, cut=cut)
 
 
 def _prompts(texts: Sequence[str], settings: Sequence[Settings], tokenizer: Any, data: DataConfig) -> Features:
     """A feature per prompt, its last tokens if it is too long."""
     found = []
-    for ids, asked in zip(_ids(texts, tokenizer), settings, strict=True):
+    whole = prompt_ids(texts, tokenizer) if chatting(data, tokenizer) else _ids(texts, tokenizer)
+    for ids, asked in zip(whole, settings, strict=True):
         found.append(ids[-min(asked.truncate or data.max_length, data.max_length) :])
     return Features({"input_ids": found}, range(len(found)), settings=settings)
-
-
-def _details(ids: np.ndarray, logprobs: np.ndarray, settings: Settings, tokenizer: Any) -> dict[str, Any]:
-    """How a text came about, token by token, in the words of text-generation-inference."""
-    special = set(tokenizer.all_special_ids)
-    whole = tokenizer.decode(ids)
-    reason = "length"
-    if any(text in whole for text in settings.stop):
-        reason = "stop_sequence"
-    elif int(ids[-1]) in special:
-        reason = "eos_token"
-    tokens = [
-        {"id": int(number), "text": text, "logprob": float(logprob), "special": int(number) in special}
-        for number, logprob, text in zip(ids, logprobs, _pieces(ids, special, tokenizer), strict=True)
-    ]
-    return {
-        "finish_reason": reason,
-        "generated_tokens": len(ids),
-        "seed": settings.seed,
-        "prefill": [],
-        "tokens": tokens,
-    }
-
-
-def _pieces(ids: np.ndarray, special: set[int], tokenizer: Any) -> list[str]:
-    """The text of every token; those that are not special give the whole text one after the other.
-
-    A letter that several tokens make up stands with the last of them.
-    """
-    pieces: list[str] = []
-    told = ""
-    for place, number in enumerate(ids):
-        if int(number) in special:
-            pieces.append(str(tokenizer.convert_ids_to_tokens(int(number))))
-            continue
-        text = tokenizer.decode(ids[: place + 1], skip_special_tokens=True)
-        half = text.endswith("\ufffd") and place + 1 < len(ids)
-        pieces.append("" if half else text[len(told) :])
-        told = told if half else text
-    return pieces

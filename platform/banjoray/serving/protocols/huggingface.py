@@ -1,10 +1,15 @@
 """The request and answer of Hugging Face's inference API, as `huggingface_hub.InferenceClient` sends and reads them."""
 
 import json
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from banjoray.errors import RequestError
 from banjoray.tasks.task import Ask, Task
+
+_LOG = logging.getLogger(__name__)
 
 
 def parse(body: bytes, task: Task, max_rows: int) -> Ask:
@@ -34,6 +39,26 @@ def parse(body: bytes, task: Task, max_rows: int) -> Ask:
             f"inputs: {len(ask.rows)} rows to compute; this endpoint takes {max_rows} in one request", 413
         )
     return ask
+
+
+async def events(pieces: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
+    """The pieces of an answer as server-sent events, in the shape of text-generation-inference.
+
+    What goes wrong on the way, when the status has been sent, is the last event: {"error", "error_type"}, which the
+    client raises. Closing it closes ``pieces``.
+    """
+    async with aclosing(pieces):
+        try:
+            async for piece in pieces:
+                yield _event(piece)
+        except Exception as error:  # noqa: BLE001  the boundary to the client, who can be told in no other way
+            _LOG.exception("a stream broke off")
+            yield _event({"error": f"{type(error).__name__}: {error}", "error_type": "generation"})
+
+
+def _event(found: Any) -> bytes:
+    # In ASCII: some clients take letters such as U+2028 for the end of a line, and of the event.
+    return f"data: {json.dumps(found, allow_nan=False)}\n\n".encode("ascii")
 
 
 def _no_number(constant: str) -> Any:

@@ -1,0 +1,23 @@
+"""Answers that are sent piece by piece while they are made."""
+
+from collections.abc import AsyncGenerator, Mapping
+
+from starlette.responses import StreamingResponse
+from starlette.types import Send
+
+
+class EventStream(StreamingResponse):
+    """A response of server-sent events; ``events`` are closed as soon as nobody reads on, wherever that is noticed."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        super().__init__(events, headers={"cache-control": "no-cache"} | dict(headers))
+        self._events = events
+
+    async def stream_response(self, send: Send) -> None:
+        """Send all events; a client that goes away cancels this, or makes ``send`` raise."""
+        try:
+            await super().stream_response(send)
+        finally:
+            await self._events.aclose()
