@@ -57,6 +57,8 @@ class Split:
         for batch in self.batches(4096):
             digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
         if self.targets is not None:
+            # Bytes alone would not tell one label from a list of them.
+            digest.update(f"{self.targets.dtype.kind}{self.targets.shape}".encode())
             digest.update(self.targets.astype(self.targets.dtype.newbyteorder("<")).tobytes())
         return digest.hexdigest()
 
@@ -175,23 +177,28 @@ def _label_ids(source: Source, data: DataConfig, labels: tuple[str, ...]) -> np.
     """The label id of every row; a number counts as an id where it is no label's name."""
     column = data.columns.label
     cells = source.rows[column][:]
-    ids = {name: number for number, name in enumerate(labels)}
-    declared = _declared(source, column)
-    if declared is None:
-        whole = {int(name): number for name, number in ids.items() if _is_whole(name)}
-        numbered = whole or {number: number for number in range(len(labels))}
-    else:
-        # Not the number itself: data.labels, or train, may have the same names in another order.
-        numbered = {number: ids[name] for number, name in enumerate(declared) if name in ids}
+    ids = ids_of(labels, _declared(source, column))
     found = np.empty(len(cells), dtype=np.int64)
     for row, cell in enumerate(cells):
-        number = ids.get(cell.strip()) if isinstance(cell, str) else None
-        if isinstance(cell, int):
-            number = numbered.get(cell)
+        number = ids.get(cell.strip() if isinstance(cell, str) else cell) if isinstance(cell, str | int) else None
         if number is None:
             raise DataError(_bad_label(source, row, data, cell, labels))
         found[row] = number
     return found
+
+
+def ids_of(labels: Sequence[str], declared: Sequence[str] | None) -> dict[str | int, int]:
+    """A label's name, or the number that stands for it, -> its id.
+
+    ``declared`` are the names that a data set gives to its numbers. Where it gives none, a number is a label's name, or
+    if no label is called by a number, an id.
+    """
+    ids: dict[str | int, int] = {name: number for number, name in enumerate(labels)}
+    if declared is not None:
+        # Not the number itself: data.labels, or train, may have the same names in another order.
+        return ids | {number: ids[name] for number, name in enumerate(declared) if name in ids}
+    whole: dict[str | int, int] = {int(name): number for number, name in enumerate(labels) if _is_whole(name)}
+    return ids | (whole or {number: number for number in range(len(labels))})
 
 
 def _is_whole(name: str) -> bool:
