@@ -433,7 +433,7 @@ def test_every_finished_epoch_is_reported_with_its_metrics(job: JobConfig, tmp_p
     reported: list[dict[str, float]] = []
     run(job, tmp_path / "run", report=reported.append)
     assert [entry["epoch"] for entry in reported] == [1, 2]
-    assert set(reported[0]) == {"accuracy", "f1_macro", "f1_weighted", "loss", "epoch", "train_loss"}
+    assert set(reported[0]) == {*TextClassification.metrics, "epoch", "train_loss"}
     saved = json.loads((tmp_path / "run/checkpoints/step-00000012/checkpoint.json").read_text())
     assert saved["position"]["history"] == reported
 

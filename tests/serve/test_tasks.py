@@ -20,6 +20,7 @@ from engines import ask, engine_of, near, registered
 from factories import make_job
 from masked import masked_job
 from pairs import nli_job
+from problems import problem_job
 from questions import base, job_of, rows
 from serve.trained import free_port
 from tagged import tagging_job
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 TEXT = "i was in the dark when you saw my old car"
 JOBS: dict[str, Callable[[Path], JobConfig]] = {
     "text-classification": make_job,
+    "several-labels": lambda folder: problem_job(folder, "multi_label"),
     "token-classification": tagging_job,
     "question-answering": lambda folder: job_of(folder, base(folder / "base", "bert"), rows(16, 1), rows(8, 2)),
     "fill-mask": masked_job,
@@ -103,6 +105,15 @@ def test_text_classification(served: Served) -> None:
     found = served.client("text-classification").text_classification(TEXT, top_k=3)
     assert plain(found) == near(served.ask("text-classification", TEXT, top_k=3)[0])
     assert len(found) == 3
+
+
+def test_several_labels_each_with_what_its_threshold_says(served: Served) -> None:
+    text = "we saw kitchen door beach boat today"
+    found = served.client("several-labels").text_classification(text)
+    expected = served.ask("several-labels", text)[0]
+    assert plain(found) == near([{"label": entry["label"], "score": entry["score"]} for entry in expected])
+    assert [dict(entry) for entry in found] == near(expected)
+    assert [entry.predicted for entry in found] == [entry["predicted"] for entry in expected]  # type: ignore[attr-defined]
 
 
 def test_token_classification(served: Served) -> None:

@@ -89,8 +89,8 @@ def test_all_mistakes_are_listed_one_a_line() -> None:
         ({"data.files": {"train": "a.csv"}}, "data: needs either 'source' or 'files', found both"),
         ({"data.source": None}, "data: needs either 'source' or 'files', found neither"),
         ({"data.source": None, "data.files": {"test": "a.csv"}}, "key 'data.files.train' is missing"),
-        ({"train.metric": "loss", "train.mode": "max"}, "train: metric 'loss' with mode 'max'; only loss and "),
-        ({"train.mode": "min"}, "train: metric 'f1_macro' with mode 'min'; only loss and perplexity are minimised"),
+        ({"train.metric": "loss", "train.mode": "max"}, "train: metric 'loss' with mode 'max'; only loss, "),
+        ({"train.mode": "min"}, "train: metric 'f1_macro' with mode 'min'; only loss, perplexity, mae, calibr"),
         (
             {"train.batch_size": 5, "scale.workers": 2, "train.gradient_accumulation_steps": 3},
             "train.batch_size: found 5, needed at least 6 (scale.workers 2 x gradient_accumulation_steps 3)",
@@ -369,6 +369,26 @@ def test_with_values_is_a_checked_copy() -> None:
     assert (job.train.epochs, other.train.epochs, other.freeze) == (3, 9, FreezeLayers(layers=1))
     with pytest.raises(ConfigError, match=r"tiny: train\.epochs: found 0"):
         job.with_values({"train.epochs": 0})
+
+
+@pytest.mark.parametrize(
+    ("problem", "metric"), [("single_label", "f1_macro"), ("multi_label", "f1_macro"), ("regression", "pearson")]
+)
+def test_the_usual_metric_is_that_of_the_problem_type(problem: str, metric: str) -> None:
+    job = make({"classification": {"problem_type": problem}})
+    assert (job.train.metric, job.train.mode, job.registry.gate.metric) == (metric, "max", metric)
+    for less in ("mae", "calibration_error"):
+        assert make({"train.metric": less}).train.mode == "min"
+
+
+def test_only_text_classification_has_a_problem_type() -> None:
+    classified = {"classification": {"problem_type": "multi_label"}}
+    assert complaints({"task": "token-classification", **classified}) == [
+        "job.yaml: classification: found it with task token-classification; text-classification alone reads it; "
+        "leave it out"
+    ]
+    (line,) = complaints({"classification": {"problem_type": "many"}})
+    assert line.startswith("job.yaml: classification.problem_type: found 'many', needed 'single_label', 'multi_label'")
 
 
 def test_a_config_cannot_be_changed() -> None:

@@ -12,10 +12,11 @@ import torch
 from sklearn import metrics as sklearn_metrics
 
 from banjoray.config.job import JobConfig
+from banjoray.config.metrics import MINIMISED
 from banjoray.data.splits import Split
 from banjoray.data.tokens import Tokens
 from banjoray.errors import ConfigError, RequestError
-from banjoray.tasks import text_classification
+from banjoray.tasks import classification_scores
 from banjoray.tasks.task import Ask, Score, Seen, check_metrics, task_for
 from banjoray.tasks.text_classification import TextClassification
 
@@ -39,6 +40,15 @@ def logits(seed: int, rows: int, labels: int) -> tuple[np.ndarray, np.ndarray]:
     return generator.normal(0, 4, (rows, labels)).astype(np.float32), generator.integers(0, labels, rows)
 
 
+def calibration_error(outputs: np.ndarray, targets: np.ndarray) -> float:
+    """The mean over 15 bins, weighted by rows, of how far confidence and accuracy are apart."""
+    confidences = torch.from_numpy(outputs).double().softmax(1).max(1).values.numpy()
+    bins = np.ceil(confidences * 15)
+    right = outputs.argmax(1) == targets
+    told = [(bins == number).mean() * abs((confidences - right)[bins == number].mean()) for number in np.unique(bins)]
+    return float(np.sum(told))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_score_is_what_scikit_learn_and_torch_compute(seed: int) -> None:
     labels = 2 + seed % 5
@@ -50,8 +60,11 @@ def test_the_score_is_what_scikit_learn_and_torch_compute(seed: int) -> None:
         {
             "accuracy": sklearn_metrics.accuracy_score(targets, predicted),
             "f1_macro": sklearn_metrics.f1_score(targets, predicted, average="macro"),
+            "f1_micro": sklearn_metrics.f1_score(targets, predicted, average="micro"),
             "f1_weighted": sklearn_metrics.f1_score(targets, predicted, average="weighted"),
+            "matthews": sklearn_metrics.matthews_corrcoef(targets, predicted) if len(targets) > 1 else 0.0,
             "loss": loss.item(),
+            "calibration_error": calibration_error(outputs, targets),
         },
         abs=1e-12,
     )
@@ -78,7 +91,7 @@ def test_a_certain_and_wrong_answer_has_a_finite_loss() -> None:
 
 
 def test_the_metrics_are_an_evaluate_metric_and_scores_go_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    metric = text_classification._metric()
+    metric = classification_scores._metric()
     assert isinstance(metric, evaluate.Metric)
     seen: list[Any] = []
 
@@ -106,7 +119,7 @@ def job_with(**changes: Any) -> JobConfig:
 
 def test_a_job_may_ask_for_the_tasks_metrics_only() -> None:
     for metric in TASK.metrics:
-        check_metrics(job_with(train={"metric": metric, "mode": "min" if metric == "loss" else "max"}))
+        check_metrics(job_with(train={"metric": metric, "mode": "min" if metric in MINIMISED else "max"}))
     with pytest.raises(ConfigError, match=r"^train\.metric: text-classification has no metric 'f1'; it has accuracy, "):
         check_metrics(job_with(train__metric="f1"))
     with pytest.raises(ConfigError, match=r"^registry\.gate\.metric: text-classification has no metric 'bleu'"):

@@ -10,10 +10,12 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from banjoray.config.classification import ClassificationConfig
 from banjoray.config.generation import GenerationConfig
+from banjoray.config.metrics import MINIMISED, with_usual_metrics
 from banjoray.config.search import SearchConfig
 from banjoray.config.section import Section, known_keys, nearest, validate
-from banjoray.config.train import MINIMISED, AdapterConfig, Freeze, ScaleConfig, TrainConfig, clear_freeze
+from banjoray.config.train import AdapterConfig, Freeze, ScaleConfig, TrainConfig, clear_freeze
 from banjoray.errors import ConfigError
 
 TaskName = Literal[
@@ -27,18 +29,6 @@ TaskName = Literal[
     "zero-shot-classification",
     "feature-extraction",
 ]
-# Of every task, the metric that picks the best checkpoint unless the job names another.
-USUAL_METRICS = {
-    "text-classification": "f1_macro",
-    "token-classification": "f1",
-    "fill-mask": "perplexity",
-    "question-answering": "f1",
-    "summarization": "loss",
-    "translation": "loss",
-    "text-generation": "perplexity",
-    "zero-shot-classification": "accuracy",
-    "feature-extraction": "mrr",
-}
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -70,7 +60,7 @@ class ColumnsConfig(Section):
 
     text: str = Field("text", description="The text, or the first text of a pair.")
     text_pair: str | None = Field(None, description="The second text of a pair; null: single texts.")
-    label: str = Field("label", description="The label, a name or a number.")
+    label: str = Field("label", description="The label, a name or a number; or a list of labels (multi_label).")
     tokens: str = Field("tokens", description="The words of a text, a list.")
     tags: str = Field("tags", description="The tag of every word, a list of names or numbers.")
     spans: str | None = Field(
@@ -242,6 +232,9 @@ class JobConfig(Section):
     task: TaskName = Field(description="What the model learns to do.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="What training starts from.")
     data: DataConfig = Field(description="What it learns from.")
+    classification: ClassificationConfig = Field(
+        default_factory=ClassificationConfig, description="For text-classification: what a row's label is."
+    )
     embedding: EmbeddingConfig = Field(
         default_factory=EmbeddingConfig, description="For feature-extraction: how texts become vectors."
     )
@@ -280,16 +273,7 @@ class JobConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _usual_metrics(cls, value: Any) -> Any:
-        usual = USUAL_METRICS.get(str(value.get("task"))) if isinstance(value, dict) else None
-        if usual is None:
-            return value
-        train, registry = value.get("train", {}), value.get("registry", {})
-        if isinstance(train, dict) and train.get("metric", "auto") == "auto":
-            value = value | {"train": train | {"metric": usual}}
-        gate = registry.get("gate", {}) if isinstance(registry, dict) else None
-        if isinstance(gate, dict) and gate.get("metric", "auto") == "auto":
-            value = value | {"registry": registry | {"gate": gate | {"metric": usual}}}
-        return value
+        return with_usual_metrics(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _batches_reach_every_worker(self) -> "JobConfig":
@@ -303,11 +287,11 @@ class JobConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _embedding_is_read(self) -> "JobConfig":
-        if self.task != "feature-extraction" and self.embedding != EmbeddingConfig():
-            raise ValueError(
-                f"embedding: found it with task {self.task}; feature-extraction alone reads it; leave it out"
-            )
+    def _sections_are_read(self) -> "JobConfig":
+        for key, task in (("embedding", "feature-extraction"), ("classification", "text-classification")):
+            section = getattr(self, key)
+            if self.task != task and section != type(section)():
+                raise ValueError(f"{key}: found it with task {self.task}; {task} alone reads it; leave it out")
         return self
 
     @property

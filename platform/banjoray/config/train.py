@@ -6,10 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from banjoray.config.metrics import MINIMISED
 from banjoray.config.section import Section
-
-# Metrics of which less is better.
-MINIMISED = ("loss", "perplexity")
 
 
 class FreezeLayers(Section):
@@ -124,7 +122,12 @@ class TrainConfig(Section):
     torch_compile: Literal["auto", "on", "off"] = Field(
         "auto", description="torch.compile of the model; auto: on GPUs under ddp (on CPUs it gains 3 %)."
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of each target spread over all labels.")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of each target spread over all labels; of several labels, over yes and no of each.",
+    )
     masking: MaskingConfig = Field(default_factory=MaskingConfig, description="Which words fill-mask hides.")
     class_weights: Literal["none", "balanced"] | dict[str, float] = Field(
         "none", description="Weight of a row by its label: balanced (rows / (labels x rows of it)), or label: weight."
@@ -161,7 +164,7 @@ class TrainConfig(Section):
     def _losses_are_minimised(self) -> "TrainConfig":
         if (self.metric in MINIMISED) != (self.mode == "min"):
             raise ValueError(
-                f"metric {self.metric!r} with mode {self.mode!r}; only {' and '.join(MINIMISED)} are minimised"
+                f"metric {self.metric!r} with mode {self.mode!r}; only {', '.join(MINIMISED)} are minimised"
             )
         return self
 

@@ -38,6 +38,16 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """The numbers that the rows of a split are to be answered with."""
+
+    lowest: float
+    median: float
+    mean: float
+    highest: float
+
+
+@dataclass(frozen=True)
 class Found:
     """Rows that have something in common: how many there are, and the first few's numbers in their file, from 1."""
 
@@ -49,13 +59,16 @@ class Found:
 class SplitProfile:
     """What one split holds.
 
-    ``labels`` counts how often each label is to be found. ``repeated`` are rows whose text stood in an earlier row,
+    ``labels`` counts how often each label is to be found, ``labelled`` in how many rows (or words) one is looked for;
+    ``numbers`` describes what rows have instead of labels. ``repeated`` are rows whose text stood in an earlier row,
     with the same label or without one; ``contradicting`` those whose text has another label in another row.
     """
 
     name: str
     rows: int
     labels: Mapping[str, int]
+    labelled: int
+    numbers: Numbers | None
     lengths: Lengths
     repeated: Found
     contradicting: Found
@@ -104,6 +117,8 @@ def profile(splits: Splits, task: Encoder, tokenizer: Any, data: DataConfig) -> 
                 split.name,
                 len(split),
                 _counted(targets, splits.labels),
+                int((targets >= 0).sum()) if targets.ndim == 1 else len(targets),
+                _numbers(targets),
                 _lengths(lengths, edges, data.max_length),
                 _repeated(keys[split.name], split),
                 _contradicting(keys[split.name], split),
@@ -133,10 +148,18 @@ def _keys(split: Split) -> np.ndarray:
 
 
 def _counted(targets: np.ndarray, labels: Sequence[str]) -> dict[str, int]:
-    if not labels or targets.ndim > 1 or not np.issubdtype(targets.dtype, np.integer):
+    if not labels:
         return {}
-    counts = np.bincount(targets[targets >= 0], minlength=len(labels))
+    several = targets.ndim > 1
+    counts = targets.sum(axis=0) if several else np.bincount(targets[targets >= 0], minlength=len(labels))
     return {label: int(count) for label, count in zip(labels, counts, strict=True)}
+
+
+def _numbers(targets: np.ndarray) -> Numbers | None:
+    if not np.issubdtype(targets.dtype, np.floating):
+        return None
+    found = (targets.min(), np.median(targets), targets.mean(), targets.max())
+    return Numbers(*map(float, found))
 
 
 def _lengths(lengths: np.ndarray, edges: np.ndarray, max_length: int) -> Lengths:

@@ -64,6 +64,8 @@ class Split:
         for batch in self.batches(4096):
             digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
         if self.targets is not None:
+            # Bytes alone would not tell one label from a list of them.
+            digest.update(f"{self.targets.dtype.kind}{self.targets.shape}".encode())
             digest.update(self.targets.astype(self.targets.dtype.newbyteorder("<")).tobytes())
         return digest.hexdigest()
 

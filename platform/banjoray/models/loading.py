@@ -4,13 +4,14 @@ import hashlib
 import importlib.util
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from banjoray.config.job import HubConfig, JobConfig, ModelConfig
 from banjoray.errors import ConfigError, ModelError
+from banjoray.models.heads import head_lines
 from banjoray.models.readout import read_first_only
 from banjoray.models.tiny import NAMES, tiny_base
 from banjoray.tasks.task import Task, task_for
@@ -155,13 +156,18 @@ def base_config(base: Base, job: JobConfig, labels: Sequence[str], pad_id: int |
     """The base's config with the job's labels, or the outputs that its task has instead, and dropout in it."""
     from transformers import AutoConfig
 
-    named: dict[str, Any] = {}
-    if labels:
-        named = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
-        named["label2id"] = {label: number for number, label in enumerate(labels)}
-    elif (outputs := task_for(job.task).outputs) is not None:
-        named = {"num_labels": outputs}
-    config = AutoConfig.from_pretrained(base.path, **named, **base.options)
+    task = task_for(job.task).settled(job)
+    config = AutoConfig.from_pretrained(base.path, **base.options)
+    # As from_pretrained names outputs that have no names; the base may have named as many.
+    names = labels or [f"LABEL_{number}" for number in range(task.outputs or 0)]
+    if names:
+        config.num_labels = len(names)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+    # The base's own labels are not those of the job, nor are the thresholds that were chosen for them.
+    config.problem_type = task.problem_type
+    if hasattr(config, "thresholds"):
+        del config.thresholds
     if config.pad_token_id is None:
         config.pad_token_id = pad_id
     if job.model.dropout is not None:
@@ -175,21 +181,31 @@ def base_config(base: Base, job: JobConfig, labels: Sequence[str], pad_id: int |
     return config
 
 
-def load_for_training(base: Base, config: Any, task: Task, seed: int) -> Any:
-    """The model in fp32: a base with a fresh, seeded head for the task, or a checkpoint as it is."""
+def load_for_training(
+    base: Base, config: Any, task: Task, seed: int, say: Callable[[str], None] = lambda line: None
+) -> Any:
+    """The model in fp32: a base with a fresh, seeded head for the task, or a checkpoint as it is.
+
+    ``say`` is told what became of a head that the base has, in a line.
+    """
     import torch
     import transformers
 
     torch.manual_seed(seed)
     loader = getattr(transformers, task.auto_model)
-    return loader.from_pretrained(
+    model, found = loader.from_pretrained(
         base.path,
         config=config,
         dtype=torch.float32,
         ignore_mismatched_sizes=bool(base.digest),
+        output_loading_info=True,
         **_no_pooler(config, task),
         **base.options,
     )
+    before = transformers.AutoConfig.from_pretrained(base.path, **base.options).id2label if task.labelled else {}
+    for line in head_lines(model, found, tuple(before.values())):
+        say(line)
+    return model
 
 
 def sketch(config: Any, task: Task, trust_remote_code: bool = False) -> Any:

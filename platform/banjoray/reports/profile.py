@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).with_name("profile.html.j2")
 BAR = 30
+NUMBERS = ("lowest", "median", "mean", "highest")
 
 
 def profile_lines(found: Profile) -> "list[RenderableType]":
@@ -22,6 +23,8 @@ def profile_lines(found: Profile) -> "list[RenderableType]":
     lines: list[RenderableType] = [_splits(found)]
     if found.splits[0].labels:
         lines.append(_labels(found))
+    if found.splits[0].numbers:
+        lines.append(_numbers(found))
     return [*lines, _histogram(found), *findings(found)]
 
 
@@ -39,7 +42,8 @@ def findings(found: Profile) -> list[str]:
             told.append(f"{split.name}: {split.repeated.rows} rows repeat an earlier one ({_rows(split.repeated)})")
         if split.contradicting.rows:
             told.append(
-                f"{split.name}: {split.contradicting.rows} rows have a text that stands under another label too "
+                f"{split.name}: {split.contradicting.rows} rows have a text that stands under another "
+                f"{'number' if split.numbers else 'label'} too "
                 f"({_rows(split.contradicting)})"
             )
     told += [
@@ -76,9 +80,19 @@ def _labels(found: Profile) -> Table:
     for label in found.splits[0].labels:
         cells = []
         for split in found.splits:
-            count, whole = split.labels.get(label, 0), sum(split.labels.values())
-            cells += [f"{count:,}", f"{count / max(1, whole):.1%}"]
+            count = split.labels.get(label, 0)
+            cells += [f"{count:,}", f"{count / max(1, split.labelled):.1%}"]
         table.add_row(Text(label), *cells)
+    return table
+
+
+def _numbers(found: Profile) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("number")
+    for column in NUMBERS:
+        table.add_column(column, justify="right")
+    for split in found.splits:
+        table.add_row(split.name, *(f"{getattr(split.numbers, column):.4g}" for column in NUMBERS))
     return table
 
 
@@ -110,4 +124,4 @@ def profile_page(name: str, found: Profile) -> str:
     """The profile as an HTML page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(PAGE.read_text(encoding="utf-8"))
-    return page.render(name=name, found=found, findings=findings(found), bins=bins)
+    return page.render(name=name, found=found, findings=findings(found), bins=bins, columns=NUMBERS)

@@ -77,6 +77,6 @@ def load(reference: str, registry: str) -> Engine:
     job = load_job(folder / "job.yaml")
     task = task_for(version.task).settled(job)
     model, tokenizer = load_trained(folder, task)
-    engine = Engine(version, task.for_tokenizer(tokenizer), model, tokenizer, job)
+    engine = Engine(version, task.for_config(model.config).for_tokenizer(tokenizer), model, tokenizer, job)
     engine.forward([task.probe(tokenizer)])
     return engine

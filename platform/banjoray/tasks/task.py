@@ -21,13 +21,18 @@ class Score:
     """What a model is worth on a split: metrics by name, and where there are labels, how each one fares.
 
     ``confusion[i][j]`` counts rows of label ``i`` that were answered with label ``j``; ``per_label`` maps a label to
-    its precision, recall, f1 and support (how often it is right).
+    its precision, recall, f1 and support (how often it is right), and its threshold where labels have one.
     """
 
     metrics: dict[str, float]
     confusion: tuple[tuple[int, ...], ...] = ()
     labels: tuple[str, ...] = ()
     per_label: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Label -> the score from which on a row has it; empty where labels have none."""
+        return {label: told["threshold"] for label, told in self.per_label.items() if "threshold" in told}
 
     def to_json(self) -> dict[str, Any]:
         """The score as plain values."""
@@ -88,6 +93,8 @@ class Task(Protocol):
     """Whether each row has one label, so that rows can be weighted by it and confused."""
     outputs: int | None = None
     """How many numbers the head of a task without labels gives for a row or token; None: as the base has it."""
+    problem_type: str | None = None
+    """What transformers calls the kind of the head's answer, so that its pipelines make the same scores of it."""
     steady: bool = True
     """Whether a row gives the model the same inputs in every epoch, those that `encode` made.
 
@@ -123,6 +130,10 @@ class Task(Protocol):
 
     def for_tokenizer(self, tokenizer: Any) -> "Task":
         """The task, knowing of the tokens of the model that answers; itself, where `kept` needs to know nothing."""
+        return self
+
+    def for_config(self, config: Any) -> "Task":
+        """The task, knowing what was decided when a model was trained, from its config; itself, where nothing was."""
         return self
 
     def losses(self, outputs: Any, targets: "Tensor", smoothing: float) -> "Tensor":
@@ -225,10 +236,11 @@ def varies(job: JobConfig) -> bool:
 
 def check_metrics(job: JobConfig) -> None:
     """Refuse a metric that the job's task does not have."""
-    known = task_for(job.task).metrics
+    known, problem = task_for(job.task).settled(job).metrics, job.classification.problem_type
+    named = job.task if problem == "single_label" else f"{job.task} ({problem})"
     for key, metric in (("train.metric", job.train.metric), ("registry.gate.metric", job.registry.gate.metric)):
         if metric not in known:
-            raise ConfigError(f"{key}: {job.task} has no metric {metric!r}; it has {', '.join(known)}")
+            raise ConfigError(f"{key}: {named} has no metric {metric!r}; it has {', '.join(known)}")
 
 
 def text_of(found: Any, where: str) -> str:

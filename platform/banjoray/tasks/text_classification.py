@@ -1,7 +1,9 @@
-"""Text classification: one text or a pair of texts in, one of a fixed set of labels out."""
+"""Text classification: one text or a pair of texts in, one of a fixed set of labels out.
+
+Any number of labels is `multi_label`, a number is `regression`: classification.problem_type says which it is.
+"""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from banjoray.config.job import DataConfig, JobConfig
 from banjoray.data.splits import Split, Splits, labelled_splits, named_columns
 from banjoray.data.tokens import Features, Tokens, encode_texts
 from banjoray.errors import RequestError
+from banjoray.tasks.classification_scores import one_label, sigmoid
 from banjoray.tasks.task import Ask, Score, Seen, Task, log_softmax, only_known, text_of, whole_number
 
 if TYPE_CHECKING:
@@ -23,9 +26,32 @@ class TextClassification(Task):
 
     name = "text-classification"
     auto_model = "AutoModelForSequenceClassification"
-    metrics: tuple[str, ...] = ("accuracy", "f1_macro", "f1_weighted", "loss")
+    metrics: tuple[str, ...] = (
+        "accuracy",
+        "f1_macro",
+        "f1_micro",
+        "f1_weighted",
+        "matthews",
+        "loss",
+        "calibration_error",
+    )
     labelled = True
     weighted = True
+    problem_type = "single_label_classification"
+    function = "softmax"
+    """What makes scores of logits, where a request does not say."""
+
+    def settled(self, job: JobConfig) -> Task:
+        """The task for what the job's labels are: this one, `MultiLabel` or `Regression`."""
+        from banjoray.tasks.multi_label import MultiLabel
+        from banjoray.tasks.regression import Regression
+
+        match job.classification.problem_type:
+            case "multi_label":
+                return MultiLabel()
+            case "regression":
+                return Regression()
+        return self
 
     def splits(self, job: JobConfig, token: str | None = None) -> Splits:
         """Texts, or pairs of texts, each with a label."""
@@ -42,19 +68,8 @@ class TextClassification(Task):
         return functional.cross_entropy(outputs.logits.float(), targets, reduction="none", label_smoothing=smoothing)
 
     def score(self, outputs: Sequence[np.ndarray], tokens: Tokens, rows: Split, labels: Sequence[str]) -> Score:
-        """Accuracy, F1 and mean cross-entropy (nats) of logits, (labels,) each, against the label id of each row.
-
-        F1 is averaged over the labels that occur in targets or predictions, as scikit-learn does.
-        """
-        logits, targets = np.stack(list(outputs)), np.asarray(tokens.targets)
-        predicted = logits.argmax(axis=1)
-        log_probabilities = log_softmax(logits.astype(np.float64))
-        metrics = _metric().compute(predictions=predicted, references=targets)
-        metrics["loss"] = float(-log_probabilities[np.arange(len(targets)), targets].mean())
-        confusion = np.zeros((len(labels), len(labels)), dtype=np.int64)
-        np.add.at(confusion, (targets, predicted), 1)
-        table = tuple(tuple(map(int, row)) for row in confusion)
-        return Score(metrics, table, tuple(labels), _per_label(confusion, labels))
+        """Metrics, confusion and a table per label of logits, (labels,) each, against the label id of each row."""
+        return one_label(np.stack(list(outputs)), np.asarray(tokens.targets), labels)
 
     def asked(self, data: DataConfig) -> dict[str, str]:
         """The text, and the second one of a pair."""
@@ -71,32 +86,22 @@ class TextClassification(Task):
     def answer(self, ask: Ask, seen: Sequence[Seen], labels: Sequence[str], tokenizer: Any) -> Any:
         """A list per row, always as a list of lists: the client reads the first, and would misread a flat one.
 
-        [{"label", "score"}] by falling score: all labels, or the first ``top_k``. ``function_to_apply`` is softmax (the
-        default), sigmoid or none.
+        [{"label", "score"}] by falling score: all labels, or the first ``top_k``. ``function_to_apply`` is softmax,
+        sigmoid or none; where it is absent, what fits the labels: softmax for one label, sigmoid for several, none for
+        a number. Of several labels each also has ``predicted``, whatever the function: true where its sigmoid score
+        reaches its threshold.
         """
         only_known(ask.parameters, ("top_k", "function_to_apply"), self.name)
-        top_k = whole_number(ask.parameters, "top_k", len(labels))
+        top_k = whole_number(ask.parameters, "top_k", max(1, len(labels)))
         function = ask.parameters.get("function_to_apply")
-        answers = []
-        for row in seen:
-            scores = _apply(row.outputs[0].astype(np.float64), "softmax" if function is None else function)
-            best = np.argsort(-scores, kind="stable")[:top_k]
-            answers.append([{"label": labels[number], "score": float(scores[number])} for number in best])
-        return answers
+        function = self.function if function is None else function
+        return [self.entries(row.outputs[0].astype(np.float64), labels, function)[:top_k] for row in seen]
 
-
-def _per_label(confusion: np.ndarray, labels: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Precision, recall, F1 and support of every label; 0 where a share has nothing to divide by."""
-    right, support, answered = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    return {
-        label: {
-            "precision": float(right[number] / max(1, answered[number])),
-            "recall": float(right[number] / max(1, support[number])),
-            "f1": float(2 * right[number] / max(1, support[number] + answered[number])),
-            "support": float(support[number]),
-        }
-        for number, label in enumerate(labels)
-    }
+    def entries(self, logits: np.ndarray, labels: Sequence[str], function: Any) -> list[dict[str, Any]]:
+        """What is answered of every label for one row's logits (labels,), by falling score."""
+        scores = _apply(logits, function)
+        best = np.argsort(-scores, kind="stable")
+        return [{"label": labels[number], "score": float(scores[number])} for number in best]
 
 
 def _row(found: Any, where: str) -> dict[str, str]:
@@ -116,37 +121,9 @@ def _apply(logits: np.ndarray, function: Any) -> np.ndarray:
         case "softmax":
             scores = np.exp(log_softmax(logits))
         case "sigmoid":
-            scores = np.exp(-np.logaddexp(0, -logits))
+            scores = sigmoid(logits)
         case "none":
             scores = logits
         case _:
             raise RequestError(f"parameters.function_to_apply: found {function!r}; needed softmax, sigmoid or none")
     return scores
-
-
-@cache
-def _metric() -> Any:
-    """The metrics as an `evaluate.Metric`; `evaluate.load` would download a script for the same arithmetic."""
-    import datasets
-    import evaluate
-    from sklearn.metrics import accuracy_score, f1_score
-
-    class ClassificationMetrics(evaluate.Metric):  # type: ignore[misc]
-        def _info(self) -> evaluate.MetricInfo:
-            label = datasets.Value("int64")
-            return evaluate.MetricInfo(
-                description="Accuracy and F1 of one label per row.",
-                citation="Pedregosa et al., JMLR 12 (2011), scikit-learn",
-                inputs_description="predictions and references: label ids",
-                features=datasets.Features({"predictions": label, "references": label}),
-            )
-
-        def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-            return {
-                "accuracy": float(accuracy_score(references, predictions)),
-                "f1_macro": float(f1_score(references, predictions, average="macro")),
-                "f1_weighted": float(f1_score(references, predictions, average="weighted")),
-            }
-
-    # In memory: by default evaluate writes every call's rows to a file in the home folder.
-    return ClassificationMetrics(keep_in_memory=True)

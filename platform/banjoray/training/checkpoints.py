@@ -50,7 +50,8 @@ class Position:
 class Checkpoint:
     """A complete checkpoint; ``metrics`` is empty for one taken inside an epoch.
 
-    ``frozen`` is the digest of the weights that are not in it.
+    ``frozen`` is the digest of the weights that are not in it. ``thresholds`` are the score's: label -> the score from
+    which on a row has it; empty where labels have none.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Checkpoint:
     metrics: dict[str, float]
     frozen: str
     files: dict[str, str] = field(repr=False)
+    thresholds: dict[str, float] = field(repr=False, default_factory=dict)
 
 
 class Store:
@@ -100,7 +102,12 @@ class Store:
         return max(scored, key=lambda checkpoint: sign * checkpoint.metrics[metric], default=None)
 
     def save(
-        self, position: Position, metrics: Mapping[str, float], frozen: str, write: Callable[[Path], None]
+        self,
+        position: Position,
+        metrics: Mapping[str, float],
+        frozen: str,
+        write: Callable[[Path], None],
+        thresholds: Mapping[str, float] | None = None,
     ) -> Checkpoint:
         """A new checkpoint with the files that ``write`` puts into the folder it is given.
 
@@ -113,7 +120,8 @@ class Store:
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=parent))
         try:
             write(staging)
-            checkpoint = Checkpoint(name, position, dict(metrics), frozen, _digests(staging))
+            files = _digests(staging)
+            checkpoint = Checkpoint(name, position, dict(metrics), frozen, files, dict(thresholds or {}))
             (staging / MANIFEST).write_text(json.dumps(asdict(checkpoint), indent=1))
             self._publish(staging, name)
         # A full disk is an OSError from Python, and a SafetensorError from safetensors.

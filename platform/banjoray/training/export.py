@@ -35,6 +35,9 @@ def export(job: JobConfig, model: Any, tokenizer: Any, checkpoint: Checkpoint, f
         if not job.adapter.merge:
             save_adapter(model, staging / "adapter", job.model.base)
         merge(model)
+    if checkpoint.thresholds:
+        # Beside id2label, where whoever reads the labels finds them.
+        model.config.thresholds = checkpoint.thresholds
     save_model(model, tokenizer, job, staging)
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)

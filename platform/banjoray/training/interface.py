@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -78,9 +78,17 @@ class Callbacks:
     exact: bool = False
 
 
+class Loads(Protocol):
+    """Makes a model."""
+
+    def __call__(self, say: Callable[[str], None] = ..., /) -> torch.nn.Module:
+        """``say`` is told what became of a head that the base has."""
+        ...
+
+
 @dataclass(frozen=True)
 class Start:
     """What `fit` starts from: makes the model (frozen and adapted as the job says) and has its tokenizer."""
 
-    model: Callable[[], torch.nn.Module]
+    model: Loads
     tokenizer: Any

@@ -19,7 +19,7 @@ from banjoray.data.batches import batches_of, shares
 from banjoray.errors import ConfigError, OutOfMemory, TrainingFailed, Untrainable
 from banjoray.models.readout import read_first_only
 from banjoray.models.vocabulary import narrow
-from banjoray.tasks.task import Collate, Task
+from banjoray.tasks.task import Collate, Score, Task
 from banjoray.training.checkpoints import Checkpoint, Position, Saver, Store
 from banjoray.training.clock import Clock
 from banjoray.training.dropout import FastDropout
@@ -63,11 +63,14 @@ def _fit(
     job = _microbatched(job, _agree(lambda: store.microbatches(job.train.gradient_accumulation_steps)), notes)
     choice = choose_precision(job)
     # from_pretrained hands out models in evaluation mode, without dropout.
-    model = start.model().train()
+    heads: list[str] = []
+    model = start.model(heads.append).train()
     ids = (part.streams["input_ids"] for part in (rows.train, rows.validation))
     learned = Learned.of(model, narrow(model, ids) if task.steady else None)
     if found and folder:
         load(model, folder, learned.vocabulary, found.position.decay)
+    else:
+        notes += heads
     read_first_only(model)
     if job.train.gradient_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]
@@ -206,16 +209,16 @@ class _Session:
             last = number + 1 == len(batches)
             every = train.checkpoint_every
             if not last and (beat.stop or (every != "epoch" and self._position.step % every == 0)):
-                self._checkpoint({})
+                self._checkpoint(Score({}))
             if beat.stop and not last:
                 self.stopped = True
                 return
         with self._clock("evaluate"):
-            metrics = self._evaluate()
-        entry = metrics | {"epoch": epoch + 1, "train_loss": self._position.loss / len(batches)}
+            score = self._evaluate()
+        entry = score.metrics | {"epoch": epoch + 1, "train_loss": self._position.loss / len(batches)}
         position, history = self._position, (*self._position.history, entry)
         self._position = replace(position, epoch=epoch + 1, batch=0, loss=0.0, history=history)
-        self._checkpoint(metrics)
+        self._checkpoint(score)
         if self._strategy.rank == 0:
             self._calls.scored(position.step, entry)
         if self._calls.report is not None:
@@ -302,24 +305,24 @@ class _Session:
             told = (loss, rate, self.rows_per_s, padding, norm, self.note, self._prefix)
             self._calls.watch(Moment(at.step, self.steps, at.epoch + 1, epochs, *told))
 
-    def _evaluate(self) -> dict[str, float]:
-        """Validation metrics over the rows of all workers, in fp32, whatever precision trains."""
+    def _evaluate(self) -> Score:
+        """The validation score over the rows of all workers, in fp32, whatever precision trains."""
         strategy, rows = self._strategy, self._rows
         strategy.module.eval()
         part = (strategy.rank, strategy.workers)
         whole = outputs(strategy.module, self._validation, self._task, part)
         strategy.module.train()
-        return self._task.score(whole, rows.validation, rows.held, rows.labels).metrics
+        return self._task.score(whole, rows.validation, rows.held, rows.labels)
 
-    def _checkpoint(self, metrics: dict[str, float]) -> None:
+    def _checkpoint(self, score: Score) -> None:
         """Gather on every worker; rank 0 writes while training goes on."""
         with self._clock("checkpoint"):
             weights, moments = self._strategy.weights(self._learned.kept), self._strategy.moments()
             if self._strategy.rank == 0:
                 position = self._position
-                self._saver.begin(lambda: self._save(position, metrics, weights, moments))
+                self._saver.begin(lambda: self._save(position, score, weights, moments))
 
-    def _save(self, position: Position, metrics: dict[str, float], weights: Any, moments: Any) -> None:
+    def _save(self, position: Position, score: Score, weights: Any, moments: Any) -> None:
         import yaml
         from safetensors.torch import save_file
 
@@ -332,7 +335,7 @@ class _Session:
         if train.checkpoint_budget_gib:
             incoming = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
             store.make_room(train.metric, train.mode, incoming, int(train.checkpoint_budget_gib * 2**30))
-        store.save(position, metrics, self._frozen, write)
+        store.save(position, score.metrics, self._frozen, write, score.thresholds)
         store.prune(train.metric, train.mode, train.keep_checkpoints)
 
     def _digest_of_frozen(self) -> str:

@@ -55,7 +55,10 @@ def row_weights(job: JobConfig, task: Task, tokens: Tokens, labels: Sequence[str
     if wanted == "none":
         return task.weights(tokens, job)
     if not task.weighted:
-        raise ConfigError(f"train.class_weights: found {wanted!r}; rows of {task.name} have no label, so needed none")
+        why = (
+            f"rows of {task.name} don't have one label each" if task.labelled else f"rows of {task.name} have no label"
+        )
+        raise ConfigError(f"train.class_weights: found {wanted!r}; {why}, so needed none")
     if wanted == "balanced":
         counts = np.bincount(targets, minlength=len(labels))
         by_label = len(targets) / (len(labels) * np.maximum(counts, 1))

@@ -1,6 +1,7 @@
 """A job checked from end to end before any worker starts: rows read, tokens made, base found, freezing possible."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,8 @@ def prepare(job: JobConfig) -> Ready:
             narrow(drawing, (part.streams["input_ids"] for part in (train, validation)))
         check_budget(job, count_weights(drawing)[0])
 
-    def model() -> Any:
-        loaded = load_for_training(base, config, task, job.train.seed)
+    def model(say: Callable[[str], None] = lambda line: None, /) -> Any:
+        loaded = load_for_training(base, config, task, job.train.seed, say)
         shaped(job, loaded)
         return loaded
 
@@ -112,7 +113,7 @@ def profiled(job: JobConfig) -> Profile:
     """What a job's rows are like; raises ConfigError, DataError or ModelError as `prepare` does."""
     token = use_hub(job.hub)
     quiet_libraries()
-    task = task_for(job.task)
+    task = task_for(job.task).settled(job)
     tokenizer = load_tokenizer(find_base(job.model, job.hub))
     return profile(task.splits(job, token), task, tokenizer, job.data)
 

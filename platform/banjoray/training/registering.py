@@ -5,7 +5,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 
 from banjoray.config.job import JobConfig
-from banjoray.config.train import MINIMISED
+from banjoray.config.metrics import MINIMISED
 from banjoray.errors import BrokenVersion, GateRefused
 from banjoray.registry import ModelVersion, Registry
 from banjoray.tasks.task import Score

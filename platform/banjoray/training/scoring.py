@@ -33,6 +33,7 @@ def score_folder(
     quiet_libraries()
     task = task_for(job.task).settled(job)
     model, tokenizer = load_trained(folder, task, job.model.trust_remote_code)
+    task = task.for_config(model.config)
     labels = labels_of(model) if task.labelled else ()
     # In the model's order of labels: rows that have changed since may sort to another one.
     splits = task.splits(job.with_values({"data.labels": list(labels)}) if labels else job, token)
