@@ -99,6 +99,11 @@ class DataConfig(Section):
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of train cut off, stratified and seeded, where no validation split exists."
     )
+    max_rows: int | None = Field(None, ge=2, description="Rows of each split that are read, the first ones; null: all.")
+    streaming: bool = Field(
+        False,
+        description="Fetch rows as they are read and keep the first max_rows alone, for sets larger than the disk.",
+    )
     max_length: int = Field(128, ge=4, description="Tokens per row; longer rows are cut, and counted in a warning.")
     stride: int = Field(
         32, ge=0, description="Tokens that two windows of one long row share, where a task cuts windows."
@@ -129,6 +134,12 @@ class DataConfig(Section):
         if (self.source is None) == (self.files is None):
             found = "both" if self.source else "neither"
             raise ValueError(f"needs either 'source' or 'files', found {found}")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_end(self) -> "DataConfig":
+        if self.streaming and self.max_rows is None:
+            raise ValueError("streaming: found true without max_rows; set how many rows of each split are kept")
         return self
 
 
