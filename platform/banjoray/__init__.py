@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from banjoray.config.job import JobConfig, load_job
+    from banjoray.data.frames import with_rows
     from banjoray.registry import ModelVersion, Registry
     from banjoray.training.run import RunResult, score, train
     from banjoray.tuning.run import tune
@@ -26,6 +27,7 @@ _HOMES = {
     "train": "banjoray.training.run",
     "StudyResult": "banjoray.tuning.study",
     "tune": "banjoray.tuning.run",
+    "with_rows": "banjoray.data.frames",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "score",
     "train",
     "tune",
+    "with_rows",
 ]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from banjoray.config.job import DataConfig, JobConfig
+from banjoray.config.data import DataConfig
+from banjoray.config.job import JobConfig
 from banjoray.errors import ConfigError, DataError, RegistryError, RequestError
 from banjoray.registry import ModelVersion
 from banjoray.serving.batch import Predicted, _cell, answered, predict

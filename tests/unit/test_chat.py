@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import transformers
 
-from banjoray.config.job import DataConfig
-from banjoray.data.conversations import check_conversations
+from banjoray.config.data import DataConfig
+from banjoray.data.conversations import unusable_conversations
 from banjoray.data.sources import Source
 from banjoray.data.splits import Split
 from banjoray.data.tokens import IGNORED, cached_tokens
@@ -241,7 +241,7 @@ def test_a_row_that_is_no_conversation_is_named_with_the_reason(cell: Any, messa
     rows = [cell] if isinstance(cell, str) or cell in (["one"], [{"role": "user", "content": 3}]) else [good, cell]
     source = Source(datasets.Dataset.from_list([{"talk": row} for row in rows]), "talks.jsonl")
     with pytest.raises(DataError) as refused:
-        check_conversations(source, "talk")
+        source.without(unusable_conversations(source, "talk"))
     assert str(refused.value).startswith(f"data: talks.jsonl row {rows.index(cell) + 1}, column 'talk' {message}")
 
 

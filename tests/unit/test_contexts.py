@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from banjoray.config.job import DataConfig
+from banjoray.config.data import DataConfig
 from banjoray.data.contexts import NO_ANSWER, context_windows
 from banjoray.data.tokens import IGNORED, Features
 from banjoray.errors import ConfigError, RequestError

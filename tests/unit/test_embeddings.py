@@ -13,7 +13,8 @@ import torch
 import transformers
 import yaml
 
-from banjoray.config.job import DataConfig, EmbeddingConfig, JobConfig
+from banjoray.config.data import DataConfig
+from banjoray.config.job import EmbeddingConfig, JobConfig
 from banjoray.data.batches import padded, targets_of
 from banjoray.data.tokens import Tokens, tokens_of
 from banjoray.errors import ConfigError, DataError, ModelError, RequestError

@@ -12,7 +12,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from banjoray.config.job import DataConfig, HubConfig
+from banjoray.config.data import DataConfig
+from banjoray.config.job import HubConfig
 from banjoray.config.section import validate
 from banjoray.data.sources import Source, check_text, read
 from banjoray.data.splits import named_columns

@@ -13,7 +13,8 @@ import torch
 from huggingface_hub import TokenClassificationOutputElement
 from seqeval import metrics as seqeval_metrics
 
-from banjoray.config.job import DataConfig, JobConfig
+from banjoray.config.data import DataConfig
+from banjoray.config.job import JobConfig
 from banjoray.data.splits import Split
 from banjoray.data.tags import tagged_splits
 from banjoray.data.tokens import IGNORED, Tokens, tokenise

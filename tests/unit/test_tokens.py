@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import banjoray.data.tokens
-from banjoray.config.job import DataConfig
+from banjoray.config.data import DataConfig
 from banjoray.data import tokens as made_by
 from banjoray.data.batches import padded
 from banjoray.data.splits import Split

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from banjoray.config.job import DataConfig
+from banjoray.config.data import DataConfig
 from banjoray.data.tokens import IGNORED, Features
 from banjoray.errors import ConfigError, RequestError
 

@@ -1,27 +1,28 @@
 """Conversations as rows: a list of turns in each, {role, content}, of which the assistant's are learned."""
 
+from collections.abc import Iterator
 from typing import Any
 
+from banjoray.data.bad_rows import Finding, short
 from banjoray.data.sources import Source
-from banjoray.errors import DataError
 
 ROLES = ("system", "user", "assistant")
 _SHAPE = "a list of {role, content}"
 
 
-def check_conversations(source: Source, column: str) -> None:
-    """Refuse a cell of another shape, a role that there is not, an empty turn, and a row without an answer to learn."""
+def unusable_conversations(source: Source, column: str) -> Iterator[Finding]:
+    """Rows of another shape, with a role that there is not, an empty turn, or without an answer to learn."""
     for start in range(0, len(source.rows), 1000):
         for number, found in enumerate(source.rows[start : start + 1000][column]):
             problem = _problem(found)
             if problem:
-                raise DataError(f"data: {source.where(start + number)}, column '{column}' {problem}")
+                yield Finding(start + number, "conversation", f" {problem}", column)
 
 
 def _problem(found: Any) -> str | None:
     """What is wrong with the turns of a row."""
     if not isinstance(found, list):
-        return f"holds {_short(found)}; needed {_SHAPE}"
+        return f"holds {short(found)}; needed {_SHAPE}"
     for number, turn in enumerate(found, start=1):
         problem = _problem_of_turn(turn)
         if problem:
@@ -38,18 +39,13 @@ def _problem(found: Any) -> str | None:
 def _problem_of_turn(turn: Any) -> tuple[str, str] | None:
     """What a turn holds, and what it needed; None if nothing is wrong with it."""
     if not isinstance(turn, dict):
-        return _short(turn), "{role, content}"
+        return short(turn), "{role, content}"
     role, content = turn.get("role"), turn.get("content")
     if role not in ROLES:
-        return f"role {_short(role)}", f"one of {', '.join(ROLES)}"
+        return f"role {short(role)}", f"one of {', '.join(ROLES)}"
     if not isinstance(content, str):
         # Readers of JSON Lines put nothing where a turn leaves a key out.
-        return "no content" if content is None else f"content {_short(content)}", "text"
+        return "no content" if content is None else f"content {short(content)}", "text"
     if not content.strip():
         return "no content" if not content else "only blanks", "text"
     return None
-
-
-def _short(found: Any) -> str:
-    told = repr(found)
-    return told if len(told) <= 60 else f"{told[:57]}..."

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from banjoray.config.job import DataConfig
+from banjoray.config.data import DataConfig
 from banjoray.data.bad_rows import LeftOut
 from banjoray.data.splits import Split, Splits
 from banjoray.data.tokens import Encoder, tokenise

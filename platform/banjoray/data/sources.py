@@ -13,8 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from banjoray.config.job import DataConfig, FilesConfig, HubConfig
+from banjoray.config.data import DataConfig, FilesConfig
+from banjoray.config.job import HubConfig
 from banjoray.data.bad_rows import TOO_LONG, BadRow, Finding, LeftOut, text_problem
+from banjoray.data.first_rows import first_rows, first_rows_of_all
 from banjoray.data.lines import SEPARATORS, records, without_bad
 from banjoray.errors import DataError
 
@@ -34,6 +36,8 @@ _READERS = {
     ".iob": "conll",
     ".bio": "conll",
 }
+# Whose first rows are there before the last.
+_STREAMED = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,21 @@ def read(data: DataConfig, hub: HubConfig, columns: Mapping[str, str], token: st
     # What can't be read is raised below, in one line.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     files = _shipped(data.source) if data.source and data.source.startswith("banjoray:") else data.files
-    sources = _read_files(files, columns, data.skip_bad_rows) if files else _read_hub(data, hub, token)
+    sources = _read_files(files, columns, data) if files else _read_hub(data, hub, token)
     if "train" not in sources:
         raise DataError(f"data.source: '{data.source}' has no train split; it has {', '.join(sources) or 'nothing'}")
-    sources = {split: _opened(source, columns) for split, source in sources.items()}
+    sources = {split: _opened(_first(source, data.max_rows), columns) for split, source in sources.items()}
     for source in sources.values():
         check_columns(source, columns)
     return sources
+
+
+def _first(source: Source, most: int | None) -> Source:
+    """The source with its first ``most`` rows alone; those that a reader could not take are not counted."""
+    if most is None or len(source.rows) <= most:
+        return source
+    numbers = None if source.numbers is None else source.numbers[:most]
+    return replace(source, rows=source.rows.select(range(most)), numbers=numbers)
 
 
 def _opened(source: Source, columns: Mapping[str, str]) -> Source:
@@ -140,20 +152,24 @@ def _shipped(source: str) -> FilesConfig:
     return FilesConfig(**{split: str(folder / f"{split}.jsonl") for split in SPLITS})
 
 
-def _read_files(files: FilesConfig, columns: Mapping[str, str], skips: bool) -> dict[str, Source]:
+def _read_files(files: FilesConfig, columns: Mapping[str, str], data: DataConfig) -> dict[str, Source]:
     paths = {split: getattr(files, split) for split in SPLITS}
-    return {split: _read_file(path, columns, split, skips) for split, path in paths.items() if path}
+    return {split: _read_file(path, columns, split, data) for split, path in paths.items() if path}
 
 
-def _read_file(path: str, columns: Mapping[str, str], split: str, skips: bool) -> Source:
+def _read_file(path: str, columns: Mapping[str, str], split: str, data: DataConfig) -> Source:
     """One file as one split."""
     import datasets
 
+    skips = data.skip_bad_rows
     name = PurePosixPath(path).name
     suffix = PurePosixPath(path).suffix.lower()
     if suffix not in _READERS:
         raise DataError(f"data.files.{split}: '{path}' is of no known kind; needed one of {' '.join(sorted(_READERS))}")
     _check_there(path, split)
+    if data.streaming and suffix not in _STREAMED:
+        needed = " ".join(_STREAMED)
+        raise DataError(f"data.streaming: '{path}' has no rows before all of it is read; needed one of {needed}")
     if _READERS[suffix] == "conll":
         from banjoray.data.conll import read_conll
 
@@ -165,8 +181,10 @@ def _read_file(path: str, columns: Mapping[str, str], split: str, skips: bool) -
         if nested is not None:
             return nested
     try:
-        return Source(_rows_of(path, columns, split), name, skips)
+        return Source(_rows_of(path, columns, split, data.max_rows if data.streaming else None), name, skips)
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        if data.streaming:
+            raise DataError(f"data: {name} can't be read: {_reason(error)}") from None
         return _read_around(path, columns, split, skips, error)
     except ConnectionError as error:
         # Also what `datasets` raises for any URL where hub.offline is true.
@@ -176,8 +194,8 @@ def _read_file(path: str, columns: Mapping[str, str], split: str, skips: bool) -
         ) from None
 
 
-def _rows_of(path: str, columns: Mapping[str, str], split: str) -> "datasets.Dataset":
-    """The rows of a file, whole; raises ValueError or DatasetGenerationError."""
+def _rows_of(path: str, columns: Mapping[str, str], split: str, most: int | None = None) -> "datasets.Dataset":
+    """The rows of a file, all or the first ``most``; raises ValueError or DatasetGenerationError."""
     import datasets
 
     suffix = PurePosixPath(path).suffix.lower()
@@ -187,7 +205,11 @@ def _rows_of(path: str, columns: Mapping[str, str], split: str) -> "datasets.Dat
         texts = [column for key, column in columns.items() if key != "label"]
         options = {"sep": SEPARATORS[suffix], "keep_default_na": False}
         options["converters"] = dict.fromkeys(texts, str)
-    rows = datasets.load_dataset(_READERS[suffix], data_files={split: path}, split=split, **options)
+    options["data_files"] = {split: path}
+    if most is None:
+        rows = datasets.load_dataset(_READERS[suffix], split=split, **options)
+    else:
+        rows = first_rows(datasets.load_dataset_builder(_READERS[suffix], **options), split, most)
     # The JSON reader takes any bytes for text.
     rows.data.validate(full=True)
     if "__index_level_0__" in rows.column_names:
@@ -216,9 +238,13 @@ def _read_around(path: str, columns: Mapping[str, str], split: str, skips: bool,
             continue
         if len(rows) == len(good):
             return Source(rows, name, skips, np.array(good), tuple(bad))
-    told = str(cause.__cause__ or cause).splitlines()[0]
-    told = "it has no rows" if "corresponds to no data" in told else told
-    raise DataError(f"data: {name} can't be read: {told}")
+    raise DataError(f"data: {name} can't be read: {_reason(cause)}")
+
+
+def _reason(error: Exception) -> str:
+    """What a reader says of a file."""
+    told = str(error.__cause__ or error).splitlines()[0]
+    return "it has no rows" if "corresponds to no data" in told else told
 
 
 def _parted(path: str, name: str, kinds: bool) -> tuple[list[int], list[BadRow]]:
@@ -248,7 +274,12 @@ def _read_hub(data: DataConfig, hub: HubConfig, token: str | None) -> dict[str, 
     import datasets
 
     try:
-        loaded = datasets.load_dataset(data.source, data.config, revision=data.revision, token=token)
+        named = {"path": data.source, "name": data.config, "revision": data.revision, "token": token}
+        loaded: Mapping[str, Any]
+        if data.streaming and data.max_rows:
+            loaded = first_rows_of_all(datasets.load_dataset_builder(**named), data.max_rows)
+        else:
+            loaded = datasets.load_dataset(**named)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0]
         cure = "hub.offline is true: set it to false, or use data.files" if hub.offline else "check the id, the network"

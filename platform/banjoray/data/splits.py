@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from banjoray.config.job import DataConfig, JobConfig
+from banjoray.config.data import DataConfig
+from banjoray.config.job import JobConfig
 from banjoray.data.bad_rows import Finding, LeftOut, short
 from banjoray.data.sources import SPLITS, Source, check_text, column_of, left_out, read
 from banjoray.errors import DataError
@@ -128,18 +129,24 @@ def named_columns(data: DataConfig, keys: Sequence[str]) -> dict[str, str]:
     return {key: name for key, name in found.items() if name is not None}
 
 
-def labelled_splits(job: JobConfig, token: str | None = None) -> Splits:
-    """The splits of a job whose rows are texts, or pairs, with a label; validation cut off train where there is none.
-
-    Raises DataError as `sources.read` does, and for: fewer than two labels, a missing label, a label in
-    validation or test that train never shows, classes too small for a stratified cut.
-    """
+def texts_and_labels(job: JobConfig, token: str | None = None) -> tuple[dict[str, str], dict[str, Source]]:
+    """The names of a job's text columns, and its sources with a label column, their texts checked."""
     texts = named_columns(job.data, ("text", "text_pair"))
     sources = read(job.data, job.hub, texts | {"label": job.data.columns.label}, token)
     for name, source in sources.items():
         for column in texts.values():
             source = check_text(source, column)
         sources[name] = source
+    return texts, sources
+
+
+def labelled_splits(job: JobConfig, token: str | None = None) -> Splits:
+    """The splits of a job whose rows are texts, or pairs, with a label; validation cut off train where there is none.
+
+    Raises DataError as `sources.read` does, and for: fewer than two labels, a missing label, a label in
+    validation or test that train never shows, classes too small for a stratified cut.
+    """
+    texts, sources = texts_and_labels(job, token)
     sources["train"] = sources["train"].without(_of_other_kinds(sources["train"], job.data))
     labels = _label_names(sources["train"], job.data)
     targets: dict[str, np.ndarray] = {}

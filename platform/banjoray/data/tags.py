@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from banjoray.config.job import DataConfig, JobConfig
+from banjoray.config.data import DataConfig
+from banjoray.config.job import JobConfig
 from banjoray.data.bad_rows import BadCell, looked_at, short, text_problem
 from banjoray.data.sources import Source, check_text, left_out, read
 from banjoray.data.spans import pieces, spans_of, tagged

@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from banjoray.config.job import DataConfig, JobConfig
-from banjoray.data.sources import Source, check_text, read
-from banjoray.data.splits import Split, Splits, cut_anywhere, ids_of, named_columns
+from banjoray.config.data import DataConfig
+from banjoray.config.job import JobConfig
+from banjoray.data.bad_rows import BadCell, looked_at, short
+from banjoray.data.sources import Source, left_out
+from banjoray.data.splits import Split, Splits, cut_anywhere, ids_of, texts_and_labels
 from banjoray.errors import DataError
 
 # Files of these have text in every cell.
@@ -23,12 +27,21 @@ def multi_label_splits(job: JobConfig, token: str | None = None) -> Splits:
     can't be shared out by one. Raises DataError as `sources.read` does, for fewer than two labels, and with file and
     row for: a cell that is no list, what is no label in one, a label that is not among the labels.
     """
-    sources = _sources(job, token)
-    column = job.data.columns.label
-    lists = {name: _lists(source, column) for name, source in sources.items()}
+    texts, sources = texts_and_labels(job, token)
+    column, lists, targets = job.data.columns.label, {}, {}
+    for name, source in sources.items():
+        cure = f"; {source.name} can't hold lists: use jsonl or parquet" * source.name.endswith(_TABLES)
+        look = partial(_list_of, cure=cure)
+        lists[name], found = looked_at(((cell,) for cell in source.rows[column][:]), column, look)
+        sources[name] = source.without(found)
     labels = _label_names(sources["train"], lists["train"], job.data)
-    targets = {name: _many_hot(source, lists[name], job.data, labels) for name, source in sources.items()}
-    return _splits(job, sources, targets, labels)
+    for name, source in sources.items():
+        ids = ids_of(labels, _declared(source, column))
+        hot = partial(_many_hot, ids=ids, labels=labels, given=job.data.labels is not None)
+        rows, found = looked_at(((cells,) for cells in lists[name]), column, hot)
+        sources[name] = source.without(found)
+        targets[name] = np.stack(rows)
+    return _splits(job, texts, sources, targets, labels)
 
 
 def number_splits(job: JobConfig, token: str | None = None) -> Splits:
@@ -36,43 +49,40 @@ def number_splits(job: JobConfig, token: str | None = None) -> Splits:
 
     Raises DataError as `sources.read` does, and with file and row for a cell that is no finite number.
     """
-    sources = _sources(job, token)
-    targets = {name: _numbers(source, job.data.columns.label) for name, source in sources.items()}
-    return _splits(job, sources, targets, ())
-
-
-def _sources(job: JobConfig, token: str | None) -> dict[str, Source]:
-    """The sources of a job, their texts checked."""
-    texts = named_columns(job.data, ("text", "text_pair"))
-    sources = read(job.data, job.hub, texts | {"label": job.data.columns.label}, token)
-    for source in sources.values():
-        for column in texts.values():
-            check_text(source, column)
-    return sources
+    texts, sources = texts_and_labels(job, token)
+    column, targets = job.data.columns.label, {}
+    for name, source in sources.items():
+        look = partial(_number, written=source.name.endswith(_TABLES))
+        numbers, found = looked_at(((cell,) for cell in source.rows[column][:]), column, look)
+        sources[name] = source.without(found)
+        targets[name] = np.array(numbers, dtype=np.float64)
+    return _splits(job, texts, sources, targets, ())
 
 
 def _splits(
-    job: JobConfig, sources: Mapping[str, Source], targets: Mapping[str, np.ndarray], labels: tuple[str, ...]
+    job: JobConfig,
+    texts: Mapping[str, str],
+    sources: Mapping[str, Source],
+    targets: Mapping[str, np.ndarray],
+    labels: tuple[str, ...],
 ) -> Splits:
-    texts = named_columns(job.data, ("text", "text_pair"))
-    splits = {name: Split(name, source.rows, texts, targets[name]) for name, source in sources.items()}
+    splits = {
+        name: Split(name, source.rows, texts, targets[name], numbers=source.numbers) for name, source in sources.items()
+    }
     if "validation" not in splits:
         splits |= cut_anywhere(splits["train"], job.data.validation_fraction, job.train.seed, sources["train"].name)
-    return Splits(splits["train"], splits["validation"], splits.get("test"), labels)
+    return Splits(splits["train"], splits["validation"], splits.get("test"), labels, left_out(sources))
 
 
-def _lists(source: Source, column: str) -> list[list[str | int]]:
-    """The labels of every row, names without blanks around them, or numbers."""
-    cells = source.rows[column][:]
-    for row, cell in enumerate(cells):
-        where = f"data: {source.where(row)}, column '{column}'"
-        if not isinstance(cell, list):
-            cure = f"; {source.name} can't hold lists: use jsonl or parquet" * source.name.endswith(_TABLES)
-            raise DataError(f"{where} holds {cell!r}; needed a list of labels, [] for none{cure}")
-        for label in cell:
-            if isinstance(label, bool) or not isinstance(label, str | int) or str(label).strip() == "":
-                raise DataError(f"{where} holds {label!r} in its list; needed labels' names, or whole numbers")
-    return [[label.strip() if isinstance(label, str) else label for label in cell] for cell in cells]
+def _list_of(cell: object, cure: str) -> list[str | int]:
+    """The labels of a row, names without blanks around them, or numbers; raises BadCell."""
+    if not isinstance(cell, list):
+        raise BadCell("no list of labels", f" holds {short(cell)}; needed a list of labels, [] for none{cure}")
+    for label in cell:
+        if isinstance(label, bool) or not isinstance(label, str | int) or str(label).strip() == "":
+            told = f" holds {short(label)} in its list; needed labels' names, or whole numbers"
+            raise BadCell("no list of labels", told)
+    return [label.strip() if isinstance(label, str) else label for label in cell]
 
 
 def _label_names(train: Source, lists: Sequence[Sequence[str | int]], data: DataConfig) -> tuple[str, ...]:
@@ -98,42 +108,27 @@ def _declared(source: Source, column: str) -> tuple[str, ...] | None:
 
 
 def _many_hot(
-    source: Source, lists: Sequence[Sequence[str | int]], data: DataConfig, labels: tuple[str, ...]
+    cells: Sequence[str | int], ids: Mapping[str | int, int], labels: tuple[str, ...], given: bool
 ) -> np.ndarray:
-    """(rows, labels) int8: 1 where a row has a label."""
-    ids = ids_of(labels, _declared(source, data.columns.label))
-    found = np.zeros((len(lists), len(labels)), dtype=np.int8)
-    for row, cells in enumerate(lists):
-        for cell in cells:
-            number = ids.get(cell)
-            if number is None:
-                known = "data.labels does not list" if data.labels is not None else "train never shows"
-                raise DataError(
-                    f"data: {source.where(row)}, column '{data.columns.label}' holds label {cell!r}, which {known}; "
-                    f"known are {', '.join(labels)}"
-                )
-            found[row, number] = 1
-    return found
-
-
-def _numbers(source: Source, column: str) -> np.ndarray:
-    """The number of every row, (rows,) float64."""
-    cells = source.rows[column][:]
-    found = np.empty(len(cells), dtype=np.float64)
-    for row, cell in enumerate(cells):
-        number = _number(cell, written=source.name.endswith(_TABLES))
+    """(labels,) int8: 1 where a row has a label; raises BadCell. ``given``: the job says which labels there are."""
+    found = np.zeros(len(labels), dtype=np.int8)
+    for cell in cells:
+        number = ids.get(cell)
         if number is None:
-            raise DataError(f"data: {source.where(row)}, column '{column}' holds {cell!r}; needed a finite number")
-        found[row] = number
+            known = "data.labels does not list" if given else "train never shows"
+            told = f" holds label {short(cell)}, which {known}; known are {', '.join(labels)}"
+            raise BadCell("unknown label", told)
+        found[number] = 1
     return found
 
 
-def _number(cell: object, written: bool) -> float | None:
-    """A cell as a number; ``written``: one cell of text makes text of all others in its column."""
-    if isinstance(cell, bool) or not isinstance(cell, int | float | str) or (isinstance(cell, str) and not written):
-        return None
-    try:
-        number = float(cell)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+def _number(cell: object, written: bool) -> float:
+    """A cell as a number; raises BadCell. ``written``: one cell of text makes text of all others in its column."""
+    number = math.nan
+    if isinstance(cell, int | float | str) and not isinstance(cell, bool) and (written or not isinstance(cell, str)):
+        # OverflowError: a whole number of hundreds of digits.
+        with suppress(ValueError, OverflowError):
+            number = float(cell)
+    if not math.isfinite(number):
+        raise BadCell("no number", f" holds {short(cell)}; needed a finite number")
+    return number

@@ -21,7 +21,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from banjoray.config.job import DataConfig, JobConfig, is_url
+from banjoray.config.data import DataConfig
+from banjoray.config.job import JobConfig, is_url
 from banjoray.data.splits import Split
 
 FORMAT = 2

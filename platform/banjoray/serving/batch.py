@@ -179,22 +179,31 @@ class Scorer:
 
     def _inputs(self, row: Mapping[str, Any]) -> Any:
         """A row as the inputs of a request; an exception that says what is wrong with it."""
-        found: Any = row
         try:
-            if self._kind in LINES:
-                line = _undisguised(row["text"]).rstrip("\r")
-                found = line if self._kind == ".txt" else parsed(line)
-            elif self._kind == ".csv":
-                found = {_undisguised(name): _undisguised(cell) for name, cell in row.items()}
+            return self._asked(self._read(row))
         except UnicodeDecodeError as error:
             part = "line" if self._kind in LINES else "cell"
             return RequestError(f"not UTF-8 (byte {error.start + 1} of the {part})")
         except BadCell as error:
             return RequestError(error.told)
-        if not isinstance(found, Mapping | str):
-            return RequestError(f"found {type(found).__name__}; needed an object with columns")
+        except RequestError as error:
+            return error
+
+    def _read(self, row: Mapping[str, Any]) -> Any:
+        """A row as its file has it; raises UnicodeDecodeError, BadCell."""
+        if self._kind in LINES:
+            line = _undisguised(row["text"]).rstrip("\r")
+            return line if self._kind == ".txt" else parsed(line)
+        if self._kind == ".csv":
+            return {_undisguised(name): _undisguised(cell) for name, cell in row.items()}
+        return row
+
+    def _asked(self, found: Any) -> Any:
+        """What a row of a file asks; raises RequestError."""
         if isinstance(found, str):
             return found
+        if not isinstance(found, Mapping):
+            raise RequestError(f"found {type(found).__name__}; needed an object with columns")
         if "inputs" in found:
             return found["inputs"]
         asked = {}
@@ -203,11 +212,8 @@ class Scorer:
                 asked[key] = _cell(found, name)
         if not asked:
             needed = ", ".join(f"'{name}'" for name in self._columns.values())
-            return RequestError(f"none of the columns {needed}, and no 'inputs'; found {sorted(map(str, found))}")
-        try:
-            return self._engine.task.inputs(asked)
-        except RequestError as error:
-            return error
+            raise RequestError(f"none of the columns {needed}, and no 'inputs'; found {sorted(map(str, found))}")
+        return self._engine.task.inputs(asked)
 
 
 def _cell(row: Mapping[str, Any], name: str) -> Any:

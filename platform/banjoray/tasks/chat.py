@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from banjoray.config.job import DataConfig
+from banjoray.config.data import DataConfig
 from banjoray.errors import ModelError
 
 Turn = Mapping[str, str]

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from banjoray.config.job import DataConfig, EmbeddingConfig, JobConfig
+from banjoray.config.data import DataConfig
+from banjoray.config.job import EmbeddingConfig, JobConfig
 from banjoray.data.splits import Split, Splits, plain_splits
 from banjoray.data.tokens import Features, Tokens, inputs_of
 from banjoray.errors import ConfigError, RequestError

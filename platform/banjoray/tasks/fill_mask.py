@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from banjoray.config.job import DataConfig, JobConfig
+from banjoray.config.data import DataConfig
+from banjoray.config.job import JobConfig
 from banjoray.data.splits import Split, Splits, plain_splits
 from banjoray.data.tokens import IGNORED, Features, Tokens, inputs_of
 from banjoray.errors import ConfigError, DataError, ModelError, RequestError

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from banjoray.config.job import DataConfig, JobConfig
+from banjoray.config.data import DataConfig
+from banjoray.config.job import JobConfig
 from banjoray.data.contexts import LENGTH, QUESTION, STRIDE, context_windows
 from banjoray.data.splits import Split, Splits, named_columns, plain_splits
 from banjoray.data.squad import misplaced_answers

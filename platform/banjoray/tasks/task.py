@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from banjoray.config.job import DataConfig, JobConfig
+from banjoray.config.data import DataConfig
+from banjoray.config.job import JobConfig
 from banjoray.data.bad_rows import TOO_LONG, half_a_character
 from banjoray.data.splits import Split, Splits, named_columns
 from banjoray.data.tokens import IGNORED, Feature, Features, Tokens

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from banjoray.config.job import DataConfig, JobConfig
+from banjoray.config.data import DataConfig
+from banjoray.config.job import JobConfig
 from banjoray.data.splits import Split, Splits, labelled_splits, named_columns
 from banjoray.data.tokens import Features, Tokens, encode_texts
 from banjoray.errors import RequestError

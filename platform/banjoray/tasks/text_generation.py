@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from banjoray.config.job import DataConfig, JobConfig
-from banjoray.data.conversations import check_conversations
+from banjoray.config.data import DataConfig
+from banjoray.config.job import JobConfig
+from banjoray.data.conversations import unusable_conversations
 from banjoray.data.splits import Splits, named_columns, plain_splits
 from banjoray.data.tokens import IGNORED, Feature, Features
 from banjoray.errors import ConfigError, RequestError
@@ -42,7 +43,7 @@ class TextGeneration(Writer):
     def splits(self, job: JobConfig, token: str | None = None) -> Splits:
         """Texts to go on with, prompts and what should follow, or conversations."""
         if (column := job.data.columns.messages) is not None:
-            return plain_splits(job, ("messages",), (), token, lambda source: check_conversations(source, column))
+            return plain_splits(job, ("messages",), (), token, lambda source: unusable_conversations(source, column))
         return plain_splits(job, (), tuple(named_columns(job.data, ("text", "target"))), token)
 
     def check(self, job: JobConfig, tokenizer: Any, config: Any) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from banjoray.config.job import DataConfig, JobConfig
+from banjoray.config.data import DataConfig
+from banjoray.config.job import JobConfig
 from banjoray.data.splits import Split, Splits, named_columns
 from banjoray.data.tags import OUTSIDE, tagged_splits
 from banjoray.data.tokens import IGNORED, Features, Tokens

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from banjoray.config.job import DataConfig, JobConfig
+from banjoray.config.data import DataConfig
+from banjoray.config.job import JobConfig
 from banjoray.data.splits import Splits, named_columns
 from banjoray.errors import ConfigError, DataError, RequestError
 from banjoray.tasks.task import Ask, Seen, log_softmax, only_known, text_of, true_or_false
