@@ -129,7 +129,7 @@ def tiny_base(name: str, bases: Path | None = None) -> Path:
         raise ModelError(f"model.base: banjoray:{name} is made in {bases}, which can't be written ({error})") from None
     try:
         _make(_KINDS[name], staging / "made")
-        if entry.is_dir():
+        if entry.is_dir() and not _whole(entry):
             # Part of one, after a cleaner of old files: out of the way, in one step.
             with suppress(OSError):
                 entry.rename(staging / "part")
