@@ -276,7 +276,7 @@ def test_a_version_is_asked_as_it_was_taught(tmp_path: Path, architecture: str, 
 
 def test_a_model_learns_to_answer_a_turn_and_to_end_it(tmp_path: Path) -> None:
     rows = phrases(60, 2)[:48] * 10 + phrases(60, 2)[48:]
-    job = job_of(tmp_path, "gpt2", talking(pads=False), "messages", rows, train__epochs=2, train__learning_rate=5e-3)
+    job = job_of(tmp_path, "gpt2", talking(pads=False), "messages", rows, train__epochs=4, train__learning_rate=5e-3)
     found = registered(job)
     assert found.metrics["perplexity"] < 2
     asked = {"inputs": [row["text"] for row in rows[-12:]], "parameters": {"details": True}}
