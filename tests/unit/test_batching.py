@@ -292,28 +292,25 @@ def test_a_stream_tells_its_pieces_in_order() -> None:
 
 def test_a_stream_and_passes_take_turns_in_one_thread() -> None:
     model = Model(free=False)
-    order: list[str] = []
+
+    def write(tell: Callable[[int], None]) -> None:
+        for number in range(3):
+            model.batches.append([str(number)])
+            tell(number)
 
     async def scene(batcher: Batcher[str, str]) -> None:
-        async def streamed() -> None:
-            assert [piece async for piece in batcher.stream(counting(3))] == [0, 1, 2]
-            order.append("stream")
+        async def streamed() -> list[int]:
+            return [piece async for piece in batcher.stream(write)]
 
-        async def asked(row: str) -> None:
-            await batcher.outputs([row])
-            order.append(row)
-
-        first = asyncio.create_task(asked("first"))
+        first = asyncio.create_task(batcher.outputs(["first"]))
         await model.begun()
-        others = [asyncio.create_task(streamed()), asyncio.create_task(asked("second"))]
+        second, stream = asyncio.create_task(batcher.outputs(["second"])), asyncio.create_task(streamed())
         await settle()
-        assert order == []
         model.let(2)
-        await asyncio.gather(first, *others)
+        assert [await first, await second, await stream] == [["FIRST"], ["SECOND"], [0, 1, 2]]
 
     run(model, 10, scene)
-    assert sorted(order) == ["first", "second", "stream"]
-    assert order[0] == "first"
+    assert model.batches == [["first"], ["0"], ["1"], ["2"], ["second"]]
 
 
 def test_a_slow_listener_holds_up_nobody() -> None:

@@ -19,7 +19,7 @@ from banjoray.tasks.chat import conversation_ids, prompt_ids, turn_end
 from banjoray.tasks.text_generation import TextGeneration
 from banjoray.training.preflight import prepare, profiled
 from engines import ask, engine_of, folder_of, registered
-from writers import BEGIN, DECODERS, END, bytes_tokenizer, phrases, words_tokenizer, writing_job
+from writers import BEGIN, DECODERS, END, bytes_tokenizer, phrases, words_tokenizer, writer, writing_job
 
 TASK = TextGeneration()
 TURN = "{{ '<|start|>' + m.role + '\\n' + m.content + '<|end|>\\n' }}"
@@ -265,7 +265,7 @@ def test_a_version_is_asked_as_it_was_taught(tmp_path: Path, architecture: str, 
     saved = transformers.AutoTokenizer.from_pretrained(folder)
     assert saved.chat_template == template
     for row in (0, 7, 31):
-        read, targets = tokens.feature(row).inputs["input_ids"], tokens.target(row)
+        read, targets = np.asarray(tokens.feature(row).inputs["input_ids"]), tokens.target(row)
         taught = read[: int(np.argmax(targets != IGNORED)) + 1].tolist()
         (feature,) = engine.encode(engine.task.parse(phrases(60)[row]["text"], {}).rows)[0]
         assert list(feature.inputs["input_ids"]) == taught
@@ -276,7 +276,8 @@ def test_a_version_is_asked_as_it_was_taught(tmp_path: Path, architecture: str, 
 
 def test_a_model_learns_to_answer_a_turn_and_to_end_it(tmp_path: Path) -> None:
     rows = phrases(60, 2)[:48] * 10 + phrases(60, 2)[48:]
-    job = job_of(tmp_path, "gpt2", talking(pads=False), "messages", rows, train__epochs=2, train__learning_rate=5e-3)
+    writer(tmp_path / "base", "gpt2", talking(pads=False), initializer_range=0.1)
+    job = job_of(tmp_path, "gpt2", None, "messages", rows, train__epochs=3, train__learning_rate=1e-2)
     found = registered(job)
     assert found.metrics["perplexity"] < 2
     asked = {"inputs": [row["text"] for row in rows[-12:]], "parameters": {"details": True}}
