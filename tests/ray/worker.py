@@ -94,7 +94,7 @@ def _import_all() -> None:
     assert sys.modules["deepspeed.ops"].__compatible_ops__
     torch.set_num_threads(1)
     # Many small passes, so that the rows of an evaluation don't divide evenly between ranks.
-    scoring.EVALUATION_TOKENS = 256
+    scoring.EVALUATION_TOKENS["cpu"] = 256
     assert threading.active_count() == 1, threading.enumerate()
 
 

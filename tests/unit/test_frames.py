@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from tests.factories import make_job, sample_rows, write_rows
+from factories import make_job, sample_rows, write_rows
 
 import banjoray
 from banjoray.errors import DataError

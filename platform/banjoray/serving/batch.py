@@ -26,7 +26,6 @@ from banjoray.errors import ConfigError, DataError, RequestError
 from banjoray.registry import Registry
 from banjoray.serving.engine import Engine, load
 from banjoray.training.run import Say, cluster
-from banjoray.training.scoring import EVALUATION_TOKENS
 
 ROWS = 512
 LINES = (".jsonl", ".txt")
@@ -261,7 +260,7 @@ def answered(engine: Engine, inputs: Iterable[Any], parameters: Mapping[str, Any
 def _forward(engine: Engine, features: Sequence[Any]) -> list[np.ndarray]:
     lengths = np.fromiter(map(len, features), dtype=np.int64)
     outputs: list[Any] = [None] * len(features)
-    for batch in sorted_batches(lengths, EVALUATION_TOKENS):
+    for batch in sorted_batches(lengths, engine.pass_tokens):
         for number, found in zip(batch, engine.forward([features[number] for number in batch]), strict=True):
             outputs[number] = found
     return outputs

@@ -12,7 +12,7 @@ from banjoray.data.tokens import Feature, Features, tokens_of
 from banjoray.models.loading import labels_of, load_trained, quiet_libraries
 from banjoray.registry import ModelVersion, Registry
 from banjoray.tasks.task import Ask, Seen, Task, task_for
-from banjoray.training.scoring import to_tensors
+from banjoray.training.scoring import EVALUATION_TOKENS, to_tensors
 
 
 class Engine:
@@ -26,6 +26,11 @@ class Engine:
         self._model = model.to(self._device)
         self._tokenizer = tokenizer
         self._data = job.data
+
+    @property
+    def pass_tokens(self) -> int:
+        """Rows x longest of a pass, where many rows wait; texts are written token by token, for many rows at once."""
+        return EVALUATION_TOKENS["cuda" if self.task.generates else self._device.type]
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Feature]]:
         """The features of every row, cut where training cut them."""

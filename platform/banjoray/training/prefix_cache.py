@@ -263,7 +263,7 @@ class _Shelf:
         device = next(self._model.parameters()).device
         precision = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
         with self._shallower(tokens, bf16) as lower, _evaluating(self._model), torch.inference_mode(), precision:
-            for rows in sorted_batches(tokens.lengths, EVALUATION_TOKENS):
+            for rows in sorted_batches(tokens.lengths, EVALUATION_TOKENS[device.type]):
                 inputs = to_tensors(padded(tokens, rows, self._pad_id), device)
                 inputs = lower.start(rows, inputs) if lower else inputs
                 states = self._cut.below(inputs)

@@ -16,8 +16,9 @@ from banjoray.data.tokens import Tokens, cached_tokens, token_cache
 from banjoray.models.loading import labels_of, load_trained, quiet_libraries, use_hub
 from banjoray.tasks.task import Collate, Score, Task, task_for
 
-# Rows x longest of one forward pass without gradients; larger batches are not faster on the CPUs measured.
-EVALUATION_TOKENS = 8192
+# Rows x longest of one forward pass without gradients, by kind of device. On a CPU the states of more rows leave its
+# caches: 8192 took half as much time again (benchmarks/LOG.md).
+EVALUATION_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 def score_folder(
@@ -92,7 +93,7 @@ def outputs(model: Callable[..., Any], feed: Feed, task: Task, share: tuple[int,
     same number of forward passes, as sharded parameters need.
     """
     rank, workers = share
-    batches = sorted_batches(task.sizes(feed.tokens), EVALUATION_TOKENS)
+    batches = sorted_batches(task.sizes(feed.tokens), EVALUATION_TOKENS[feed.device.type])
     mine = batches[rank::workers]
     passes = -(-len(batches) // workers)
     parts: list[tuple[np.ndarray, list[np.ndarray]]] = []
