@@ -241,7 +241,7 @@ def test_verbs_that_read_rows_refuse_bad_ones_unless_told_to_leave_them_out(
     verb: str, bad_rows: list[str], call: Call
 ) -> None:
     assert "--skip-bad-rows" in call(verb, "--help").stdout
-    space = ["--set", "tune.space={train.learning_rate: {loguniform: [1e-4, 1e-3]}}"] * (verb == "tune")
+    space = ["--set", "tune.space.train.learning_rate={loguniform: [0.0001, 0.001]}"] * (verb == "tune")
     done = call(verb, *bad_rows, *space)
     _assert_one_line(done, ["bad.jsonl can't be read: line 2 is not UTF-8 (byte 14 of the line)"])
 

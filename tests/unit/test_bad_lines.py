@@ -10,7 +10,21 @@ import pytest
 import banjoray.data.sources
 from banjoray.config.job import JobConfig
 from banjoray.config.section import validate
-from broken import CONTEXT, LONG, LONG_TOLD, NO_NAME, SHAPES, cells, job, line, listed, read_text, refused, splits_of
+from broken import (
+    CONTEXT,
+    LONG,
+    LONG_TOLD,
+    NO_NAME,
+    SHAPES,
+    Row,
+    cells,
+    job,
+    line,
+    listed,
+    read_text,
+    refused,
+    splits_of,
+)
 from factories import write_rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -119,7 +133,11 @@ def test_a_cell_of_another_kind_far_down_is_left_out_and_numbers_with_a_point_ar
     filler = [
         {"text": f"{number} {'x' * 5000}", "label": "ab"[number % 2], "n": number % 3 / 2} for number in range(2200)
     ]
-    rows = [{"text": "first", "label": "a", "n": 1}, *filler, {"text": "odd", "label": "b", "n": {"deep": [1]}}]
+    rows: list[Row] = [
+        {"text": "first", "label": "a", "n": 1},
+        *filler,
+        {"text": "odd", "label": "b", "n": {"deep": [1]}},
+    ]
     rows += [{"text": "last", "label": "b", "n": 2}]
     path = write_rows(tmp_path / "train.jsonl", rows)
     files = {"train": path, "validation": path}

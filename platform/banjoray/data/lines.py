@@ -52,9 +52,9 @@ def records(path: str, name: str, kinds: bool) -> Iterator[Record]:
     elif suffix == ".jsonl" or (suffix == ".json" and _is_lines(path)):
         yield from _of_objects(path, kinds)
     elif suffix == ".json":
-        foreign = next((told for _, told in _lines(path, "\n") if told), None)
-        if foreign:
-            raise DataError(f"data: {name} can't be read: {foreign}")
+        for _, foreign in _lines(path, "\n"):
+            if foreign:
+                raise DataError(f"data: {name} can't be read: {foreign}")
 
 
 def parsed(line: str) -> Any:
@@ -157,7 +157,7 @@ def _of_objects(path: str, kinds: bool) -> Iterator[Record]:
         try:
             if foreign:
                 raise BadCell("not UTF-8", foreign)
-            _check_object(line, number + 1, seen if kinds else None)
+            _check_object(line.rstrip("\r\n"), number + 1, seen if kinds else None)
             yield Record(number, line)
         except BadCell as error:
             yield Record(number, line, error.kind, f": {error.told}")

@@ -240,7 +240,8 @@ def _label_ids(source: Source, data: DataConfig, labels: tuple[str, ...]) -> np.
         ids.get(cell.strip() if isinstance(cell, str) else cell, -1) if isinstance(cell, str | int) else -1
         for cell in cells
     ]
-    return np.array(found, dtype=np.int64)[codes]
+    known: np.ndarray = np.array(found, dtype=np.int64)
+    return known.take(codes)
 
 
 def ids_of(labels: Sequence[str], declared: Sequence[str] | None) -> dict[str | int, int]:
