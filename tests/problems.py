@@ -1,7 +1,7 @@
 """Texts about several topics or none, and jobs that find which ones, or a number that follows from them."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ def rows(seed: int, count: int) -> list[dict[str, Any]]:
 TEXTS = tuple(row["text"] for row in rows(9, 12))
 
 
-def files_of(folder: Path, splits: Sequence[str] = tuple(COUNTS)) -> dict[str, str]:
-    """Data files of `rows`."""
+def files_of(folder: Path, counts: Mapping[str, int]) -> dict[str, str]:
+    """Data files of so many `rows` each."""
     return {
-        split: str(write_rows(folder / "topics" / f"{split}.jsonl", rows(seed, COUNTS[split])))
-        for seed, split in enumerate(splits, start=1)
+        split: str(write_rows(folder / "topics" / f"{split}.jsonl", rows(seed, count)))
+        for seed, (split, count) in enumerate(counts.items(), start=1)
     }
 
 
@@ -42,7 +42,7 @@ def problem_job(folder: Path, problem: str, architecture: str = "bert", **change
     metric = {"multi_label": "f1_macro", "regression": "pearson"}[problem]
     values: dict[str, Any] = {
         "classification": {"problem_type": problem},
-        "data__files": files_of(folder),
+        "data__files": files_of(folder, COUNTS),
         "data__columns": {"label": {"multi_label": "labels", "regression": "score"}[problem]},
         "train__metric": metric,
         "registry__gate__metric": metric,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from banjoray.training.checkpoints import Store
-from launched import Attempt, Launch
+from launched import Attempt, Case, Launch
 from problems import problem_job
 
 PROBLEMS = ("multi_label", "regression")
@@ -31,7 +31,7 @@ def outcome(folder: Path, launch: Launch) -> dict[str, Attempt]:
         return {"name": f"{problem}-{how}", "job": job, "run": folder / "runs" / problem / how, **changes}
 
     stopped = [{"workers": 2, "rank": 0, "does": "term", "at_step": 6}, {"workers": 2}]
-    cases = [
+    cases: list[Case] = [
         told
         for problem in PROBLEMS
         for told in (

@@ -25,7 +25,7 @@ from banjoray.training.preflight import prepare, profiled
 from banjoray.training.scoring import score_folder
 from engines import ask, engine_of, folder_of, registered
 from factories import make_job, write_rows
-from problems import FAMILIES, TEXTS, problem_job, rows
+from problems import FAMILIES, TEXTS, files_of, problem_job, rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -95,11 +95,13 @@ def test_an_answer_alone_is_the_answer_in_any_batch(trained: Trained) -> None:
 
 
 def test_a_model_learns_the_number_of_a_text(tmp_path: Path) -> None:
-    job = problem_job(tmp_path, "regression", train__epochs=8, train__learning_rate=5e-3)
+    files = files_of(tmp_path / "more", {"train": 400, "validation": 60, "test": 60})
+    job = problem_job(tmp_path, "regression", data__files=files, train__epochs=4)
     version = registered(job)
     found = score_folder(folder_of(job, version), job, "test")[0].metrics
-    assert found["pearson"] > 0.9
-    assert found["loss"] < 0.5
+    assert found["pearson"] > 0.8
+    # The variance of the numbers is 1.5.
+    assert found["loss"] < 0.75
 
 
 def test_the_loss_of_a_row_is_its_squared_error() -> None:
