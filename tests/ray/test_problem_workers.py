@@ -49,7 +49,8 @@ def outcome(folder: Path, launch: Launch) -> dict[str, Attempt]:
 def test_two_workers_learn_what_one_learns(outcome: dict[str, Attempt], problem: str, how: str) -> None:
     expected = outcome[f"{problem}-alone"].ranks[0]
     for rank in outcome[f"{problem}-{how}"].ranks:
-        assert rank.facts["metrics"] == pytest.approx(expected.facts["metrics"], abs=1e-4)
+        # A correlation of ranks jumps where rounding turns two predictions round.
+        assert rank.facts["metrics"] == pytest.approx(expected.facts["metrics"], abs=1e-3)
         for weight, found in rank.weights.items():
             torch.testing.assert_close(found, expected.weights[weight], rtol=0, atol=BOUND, msg=weight)
 
