@@ -44,6 +44,8 @@ def inputs_of(task: str, row: dict[str, Any]) -> Any:
             return premise
         case _, {"premise": premise, "hypothesis": hypothesis}:
             return {"text": premise, "text_pair": hypothesis}
+        case _, {"first": first, "second": second}:
+            return {"text": first, "text_pair": second}
         case _, {"question": question, "context": context}:
             return {"question": question, "context": context}
         case _, {"tokens": tokens}:

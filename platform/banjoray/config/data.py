@@ -47,7 +47,7 @@ class DataConfig(Section):
     source: str | None = Field(
         None,
         description="Hub id of a data set, or banjoray:NAME for one that ships with banjoray: emotion, answers, "
-        "dialogues, entailment, entities, phrases, questions.",
+        "dialogues, entailment, entities, likeness, phrases, questions, subjects.",
     )
     config: str | None = Field(None, description="Configuration of a hub data set.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub data set.")
