@@ -65,7 +65,8 @@ def test_a_tiny_twin_does_what_its_original_does_offline_on_one_worker(path: Pat
     assert ships(twin)
     assert twin.hub.offline
     assert (twin.scale.most_workers, twin.scale.gpus_per_worker, twin.train.epochs) == (1, 0, 1)
-    assert (twin.registry.gate.at_least, twin.registry.gate.at_most) == (0, None)
+    assert twin.registry.gate.at_least <= 0
+    assert twin.registry.gate.at_most is None
     assert (twin.task, twin.train.metric, twin.embedding) == (original.task, original.train.metric, original.embedding)
     assert [column is None for column in twin.data.columns.model_dump().values()] == [
         column is None for column in original.data.columns.model_dump().values()

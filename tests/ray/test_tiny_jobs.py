@@ -20,8 +20,8 @@ from factories import write_rows
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 FILES = sorted((Path(__file__).parents[2] / "jobs/tiny").glob("*.yaml"))
-# A searched model, or one with its adapter merged, is asked as the others of its task are.
-ASKED = [path for path in FILES if not (load_job(path).tune or load_job(path).adapter)]
+# One file of every task: a searched model, or one with its adapter merged, is asked as the others of its task are.
+ASKED = list({load_job(path).task: path for path in FILES if path.name.startswith("train_")}.values())
 MASK = "[MASK]"
 PARAMETERS: dict[str, dict[str, Any]] = {
     "zero-shot-classification": {"candidate_labels": ["music", "sport", "travel"]},
@@ -104,4 +104,5 @@ def test_a_file_of_rows_gets_the_answers_that_each_row_gets_alone(
     asked = [{"inputs": inputs_of(made.job.task, row), "parameters": parameters} for row in rows]
     alone = [ask(engine, request, together=False) for request in asked]
     assert [line["answer"] for line in told] == [near(answer) for answer in alone]
-    assert len({json.dumps(answer) for answer in alone}) > 1
+    # A T5 of random weights writes the same of every text.
+    assert made.job.task == "translation" or len({json.dumps(answer) for answer in alone}) > 1

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from factories import make_job, sample_rows, write_rows
 
 import banjoray
 from banjoray.errors import DataError
 from banjoray.tasks.task import task_for
+from factories import make_job, sample_rows, write_rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
