@@ -3,10 +3,12 @@
 import itertools
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
+from torchmetrics.functional.text import squad
 
 from banjoray.data.contexts import NO_ANSWER, NO_PART
 from banjoray.tasks.spans import Span, Wanted, Window, best_spans, exact_match, f1, normalised
@@ -173,3 +175,22 @@ def test_f1_is_that_of_rouge_1_over_the_same_words() -> None:
         expected = [text for text in expected if normalised(text)] or ["Aar"]
         best = max(scorer.score(text, answer)["rouge1"].fmeasure for text in expected)
         assert f1(answer, expected) == pytest.approx(best, abs=1e-12), (answer, expected)
+
+
+def test_exact_match_and_f1_are_those_of_torchmetrics_on_the_same_answers() -> None:
+    generator = np.random.default_rng(5)
+    words = ["the", "The", "river", "Aar", "joins", "Rhine,", "in", "1911", "a", "U.S.", "Zürich", "“old”", "an"]
+    predictions: list[dict[str, str]] = []
+    references: list[Any] = []
+    ours: list[tuple[float, float]] = []
+    for number in range(500):
+        answer, *expected = (" ".join(generator.choice(words, generator.integers(1, 6))) for _ in range(4))
+        expected = [text for text in expected if normalised(text)] or ["Aar"]
+        predictions.append({"prediction_text": answer, "id": str(number)})
+        references.append({"answers": {"answer_start": [0] * len(expected), "text": expected}, "id": str(number)})
+        ours.append((exact_match(answer, expected), f1(answer, expected)))
+    told = squad(predictions, references)
+    exact, overlap = 100 * np.mean(ours, axis=0)
+    assert exact > 0
+    # It counts in fp32.
+    assert (exact, overlap) == pytest.approx((told["exact_match"].item(), told["f1"].item()), abs=1e-4)
