@@ -226,7 +226,7 @@ def test_a_class_weight_and_a_metric_that_the_task_does_not_have_are_refused(tmp
     job = tagging_job(tmp_path, train__class_weights="balanced")
     assert (job.train.metric, job.registry.gate.metric) == ("f1", "f1")
     split, labels = split_of(tmp_path, sentences(4))
-    with pytest.raises(ConfigError, match="rows of token-classification have no label"):
+    with pytest.raises(ConfigError, match="rows of token-classification don't have one label"):
         row_weights(job, task_for(job.task), encoded(split, "bert"), labels)
     with pytest.raises(
         ConfigError, match="token-classification has no metric 'f1_macro'; it has precision, recall, f1"
