@@ -78,7 +78,7 @@ def test_a_bad_row_is_written_with_its_error_and_the_rest_go_on(tmp_path: Path, 
     assert "nothing but blanks" in errors[4]
     assert errors[5].startswith("not JSON")
     assert errors[6] == "found list; needed an object with columns"
-    assert errors[7] == "inputs: found 1,048,576 characters; needed fewer than 1,000,000"
+    assert errors[7] == "inputs.text: found 1,048,576 characters; needed fewer than 1,000,000"
     # As training says it of the same line.
     assert errors[1] == "not UTF-8 (byte 11 of the line)"
     assert errors[8] == "not UTF-8 (half a character: a lone surrogate)"
@@ -96,7 +96,7 @@ def test_a_line_that_is_not_utf8_and_a_text_of_1_mb_fail_alone(tmp_path: Path, t
     assert (found.rows, found.failed) == (6 + len(cells), 2)
     part = "cell" if kind == "csv" else "line"
     assert lines[1] == {"row": 2, "error": f"not UTF-8 (byte 4 of the {part})"}
-    assert lines[2] == {"row": 3, "error": "inputs: found 1,048,576 characters; needed fewer than 1,000,000"}
+    assert lines[2] == {"row": 3, "error": "inputs.text: found 1,048,576 characters; needed fewer than 1,000,000"}
     good = ["i am so happy", "007", "NA", "naïve café", *["two\nlines"] * len(cells)]
     labels = [line["answer"][0][0]["label"] for line in lines if "answer" in line]
     assert labels == [answer[0]["label"] for answer in ask(trained[2], {"inputs": good})]
