@@ -29,6 +29,7 @@ def tables() -> str:
         "train_throughput": throughput,
         "train_accuracy": accuracy,
         "search_cost": search,
+        "search_gain": gain,
     }
     parts = [
         write(json.loads(path.read_text(encoding="utf-8")))
@@ -96,6 +97,26 @@ def search(result: dict[str, Any]) -> str:
     singles = {name: work for name, work in works.items() if name != "study"}
     parts = [study(result, works["study"])] if "study" in works else []
     return "\n\n".join(parts + ([single(result, singles)] if singles else []))
+
+
+def gain(result: dict[str, Any]) -> str:
+    """What the best trial of a search has, beside a run by the defaults, and the picture of the search."""
+    metric, best = result["metric"], result["trials"][0]
+    values = ", ".join(
+        f"{key.rpartition('.')[2]} {value:.1e}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in best["values"].items()
+    )
+    stopped = sum(trial["status"] == "stopped early" for trial in result["trials"])
+    return "\n".join(
+        [
+            f"What a search finds, {result['data']}: {len(result['trials'])} trials over freezing and learning rate, "
+            f"of which {result['search']['scheduler'].upper()} stopped {stopped} early. The best has {metric} "
+            f"{best['score']:.3f} on the validation rows ({values}); one run by the defaults has "
+            f"{result['default'][metric]:.3f}.",
+            "",
+            f"![a line per trial: freezing, learning rate, score](docs/search_{result['name']}.svg)",
+        ]
+    )
 
 
 def study(result: dict[str, Any], work: dict[str, Any]) -> str:

@@ -91,3 +91,13 @@ def test_kinds_that_are_read_whole_are_refused(tmp_path: Path) -> None:
     path.write_text("a O\nb O\n")
     with pytest.raises(DataError, match="streaming"):
         texts(path, {"tokens": "tokens", "tags": "tags"}, max_rows=2, streaming=True)
+
+
+def test_of_a_set_the_first_rows_of_every_split_are_kept(tmp_path: Path) -> None:
+    """A folder with a file per split is a data set, read as one of the hub is."""
+    lines(tmp_path / "train.jsonl", 40)
+    lines(tmp_path / "test.jsonl", 30, "held out")
+    data = validate(DataConfig, {"source": str(tmp_path), "streaming": True, "max_rows": 7}, "data")
+    found = read(data, HubConfig(), COLUMNS)
+    assert {name: len(source.rows) for name, source in found.items()} == {"train": 7, "test": 7}
+    assert found["test"].rows["text"][6] == "held out 6"

@@ -278,6 +278,20 @@ def test_a_label_that_the_job_does_not_list_is_refused(tmp_path: Path) -> None:
         splits_of(tmp_path, [["a"], ["b"]], [["a"]], labels=["a", "a"])
 
 
+@pytest.mark.parametrize("cells", [[["a", 1]], [["a", "b"], [1], ["b"]]], ids=["in a row", "between rows"])
+def test_names_and_numbers_are_not_labels_of_one_job(tmp_path: Path, cells: list[list[Any]]) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": "one", "labels": cell}) + "\n" for cell in [["a"], ["b"], *cells])
+    )
+    with pytest.raises(DataError) as caught:
+        multi_label_splits(job_of(tmp_path, {"train": str(tmp_path / "a.jsonl")}))
+    row = 3 if len(cells) == 1 else 4
+    assert str(caught.value) == (
+        f"data: a.jsonl row {row}, column 'labels' holds 1 in its list; needed labels' names, or whole numbers, "
+        "the same kind in every row"
+    )
+
+
 def test_a_csv_file_can_hold_no_lists_and_what_can_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,labels\none,a;b\ntwo,b\n")
     with pytest.raises(DataError) as caught:

@@ -235,7 +235,9 @@ def test_letters_that_end_lines_for_some_clients_end_no_event() -> None:
 
 
 @pytest.mark.parametrize("broken", [RuntimeError("no memory"), float("nan")], ids=["raised", "no number"])
-def test_what_goes_wrong_on_the_way_is_an_event_that_the_client_raises(broken: Any) -> None:
+def test_what_goes_wrong_on_the_way_is_an_event_that_the_client_raises_and_the_log_explains(
+    broken: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     token = {"id": 1, "text": "a", "logprob": -1.0, "special": False}
     event = {"index": 1, "token": token, "generated_text": None, "details": None}
     wrong = isinstance(broken, float)
@@ -244,8 +246,9 @@ def test_what_goes_wrong_on_the_way_is_an_event_that_the_client_raises(broken: A
     assert json.loads(chunks[-1].removeprefix(b"data: "))["error_type"] == "generation"
     read = _stream_text_generation_response(lines_of(chunks), details=False)
     assert next(iter(read)) == "a"
-    with pytest.raises(GenerationError, match="ValueError: " if wrong else "RuntimeError: no memory"):
+    with pytest.raises(GenerationError, match=r"^the answer broke off; the server's log says why$"):
         next(iter(read))
+    assert ("ValueError: " if wrong else "RuntimeError: no memory") in caplog.text
 
 
 class Client:

@@ -186,8 +186,8 @@ def _read_file(path: str, columns: Mapping[str, str], split: str, data: DataConf
         if data.streaming:
             raise DataError(f"data: {name} can't be read: {_reason(error)}") from None
         return _read_around(path, columns, split, skips, error)
-    except ConnectionError as error:
-        # Also what `datasets` raises for any URL where hub.offline is true.
+    except OSError as error:
+        # A ConnectionError also for any URL where hub.offline is true; no room for the rows is one too.
         reason = str(error).splitlines()[0]
         raise DataError(
             f"data.files.{split}: '{path}' can't be fetched ({reason}); with hub.offline, files have to be here already"

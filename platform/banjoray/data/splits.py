@@ -212,16 +212,19 @@ def _coded(source: Source, column: str) -> tuple[list[Any], np.ndarray]:
 
 def _label_names(train: Source, data: DataConfig) -> tuple[str, ...]:
     """The label names in the order of their ids: the job's, else the data set's, else sorted."""
-    if data.labels is not None:
-        if len(set(data.labels)) != len(data.labels):
-            raise DataError(f"data.labels: a name stands twice in {data.labels}")
-        return tuple(data.labels)
-    declared = _declared(train, data.columns.label)
-    if declared is not None:
-        return declared
+    named = given_labels(data) or _declared(train, data.columns.label)
+    if named is not None:
+        return named
     cells, _ = _coded(train, data.columns.label)
     names = {cell.strip() if isinstance(cell, str) else cell for cell in cells}
     return tuple(str(name) for name in sorted(names - {None, ""}))
+
+
+def given_labels(data: DataConfig) -> tuple[str, ...] | None:
+    """The label names that the job gives; None if it leaves them to the data. Raises DataError: a name twice."""
+    if data.labels is not None and len(set(data.labels)) != len(data.labels):
+        raise DataError(f"data.labels: a name stands twice in {data.labels}")
+    return None if data.labels is None else tuple(data.labels)
 
 
 def _declared(source: Source, column: str) -> tuple[str, ...] | None:

@@ -1,6 +1,7 @@
 """Rows whose texts have any number of labels, or a number, instead of one label."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -12,7 +13,7 @@ from banjoray.config.data import DataConfig
 from banjoray.config.job import JobConfig
 from banjoray.data.bad_rows import BadCell, looked_at, short
 from banjoray.data.sources import Source, left_out
-from banjoray.data.splits import Split, Splits, cut_anywhere, ids_of, texts_and_labels
+from banjoray.data.splits import Split, Splits, cut_anywhere, given_labels, ids_of, texts_and_labels
 from banjoray.errors import DataError
 
 # Files of these have text in every cell.
@@ -34,6 +35,10 @@ def multi_label_splits(job: JobConfig, token: str | None = None) -> Splits:
         look = partial(_list_of, cure=cure)
         lists[name], found = looked_at(((cell,) for cell in source.rows[column][:]), column, look)
         sources[name] = source.without(found)
+    if job.data.labels is None and _declared(sources["train"], column) is None:
+        kind = _usual_kind(lists["train"])
+        lists["train"], found = looked_at(((cells,) for cells in lists["train"]), column, partial(_alike, kind=kind))
+        sources["train"] = sources["train"].without(found)
     labels = _label_names(sources["train"], lists["train"], job.data)
     for name, source in sources.items():
         ids = ids_of(labels, _declared(source, column))
@@ -85,12 +90,27 @@ def _list_of(cell: object, cure: str) -> list[str | int]:
     return [label.strip() if isinstance(label, str) else label for label in cell]
 
 
+def _usual_kind(lists: Sequence[Sequence[str | int]]) -> type:
+    """What most labels are, names or numbers."""
+    counted = Counter(type(label) for labels in lists for label in labels)
+    return max(counted, key=counted.__getitem__, default=str)
+
+
+def _alike(cells: list[str | int], kind: type) -> list[str | int]:
+    """The labels of a row, all of a kind; raises BadCell."""
+    for cell in cells:
+        if type(cell) is not kind:
+            told = (
+                f" holds {short(cell)} in its list; needed labels' names, or whole numbers, the same kind in every row"
+            )
+            raise BadCell("label of another kind", told)
+    return cells
+
+
 def _label_names(train: Source, lists: Sequence[Sequence[str | int]], data: DataConfig) -> tuple[str, ...]:
     """The label names in the order of their ids."""
-    if data.labels is not None:
-        if len(set(data.labels)) != len(data.labels):
-            raise DataError(f"data.labels: a name stands twice in {data.labels}")
-        return tuple(data.labels)
+    if (given := given_labels(data)) is not None:
+        return given
     seen: set[Any] = {label for labels in lists for label in labels}
     names = _declared(train, data.columns.label) or tuple(str(label) for label in sorted(seen))
     if len(names) < 2:

@@ -258,6 +258,9 @@ def answered(engine: Engine, inputs: Iterable[Any], parameters: Mapping[str, Any
 
 
 def _forward(engine: Engine, features: Sequence[Any]) -> list[np.ndarray]:
+    if engine.task.generates:
+        # It makes batches of its own: rows that are written alike, of like lengths.
+        return engine.forward(features) if features else []
     lengths = np.fromiter(map(len, features), dtype=np.int64)
     outputs: list[Any] = [None] * len(features)
     for batch in sorted_batches(lengths, engine.pass_tokens):

@@ -29,8 +29,8 @@ class Engine:
 
     @property
     def pass_tokens(self) -> int:
-        """Rows x longest of a pass, where many rows wait; texts are written token by token, for many rows at once."""
-        return EVALUATION_TOKENS["cuda" if self.task.generates else self._device.type]
+        """Rows x longest of a pass, where many rows wait."""
+        return EVALUATION_TOKENS[self._device.type]
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Feature]]:
         """The features of every row, cut where training cut them."""
