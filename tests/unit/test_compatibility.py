@@ -27,6 +27,7 @@ from banjoray.training.compatibility import (
     markdown,
     refusals,
 )
+from banjoray.training.loop import COMPILED_FROM, compiles
 from banjoray.training.preflight import prepare
 from cells import Told, case_of
 from factories import make_job
@@ -276,3 +277,21 @@ def test_a_budget_is_asked_for_the_words_in_use_and_for_what_is_trained_alone(tm
 
     whole = prepare(make_job(tmp_path, train__checkpoint_budget_gib=1.0)).trainable
     assert asked(adapter={"type": "ia3"}) < asked() < whole
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "strategy", "steps", "compiled"),
+    [
+        ("auto", 1, "ddp", COMPILED_FROM, True),
+        ("auto", 1, "ddp", COMPILED_FROM - 1, False),
+        ("auto", 1, "zero2", COMPILED_FROM, False),
+        ("auto", 0, "ddp", COMPILED_FROM, False),
+        ("on", 0, "ddp", 1, True),
+        ("off", 1, "ddp", COMPILED_FROM, False),
+    ],
+)
+def test_auto_compiles_long_runs_on_gpus_alone(
+    tmp_path: Path, asked: str, gpus: int, strategy: str, steps: int, compiled: bool
+) -> None:
+    job = make_job(tmp_path, train__torch_compile=asked, scale__gpus_per_worker=gpus, scale__strategy=strategy)
+    assert compiles(job, steps) == compiled

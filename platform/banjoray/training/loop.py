@@ -32,6 +32,9 @@ from banjoray.training.pulse import Beat, Pulse
 from banjoray.training.scoring import Feed, outputs
 from banjoray.training.strategies import Strategy, build, choose_precision
 
+# On an H200, a BERT of three blocks was still being compiled after a minute.
+COMPILED_FROM = 20_000
+
 
 def fit(job: JobConfig, rows: Rows, task: Task, start: Start, run: str, callbacks: Callbacks) -> FitResult:
     """Train to the end from the newest whole checkpoint of ``run`` (a folder or URL), or from the base model.
@@ -57,6 +60,7 @@ def _fit(
     store = Store(run, notes.append)
     found = _agree(store.newest_whole)
     folder = store.local(found) if found else None
+    job = job.with_values({"train.torch_compile": "on" if compiles(job, _steps(job, rows)) else "off"})
     if job.scale.nvme_path:
         # DeepSpeed's file names do not tell runs apart.
         job = job.with_values({"scale.nvme_path": f"{job.scale.nvme_path}/{run.rstrip('/').rsplit('/', 1)[-1]}"})
@@ -96,6 +100,17 @@ def _fit(
     return FitResult(best, session.step, seconds, session.rows_per_s, choice.precision, session.stopped, told)
 
 
+def compiles(job: JobConfig, steps: int) -> bool:
+    """Whether torch.compile is worth its minutes in a run of so many steps, or wanted anyway."""
+    worth = bool(job.scale.gpus_per_worker) and job.scale.strategy == "ddp" and steps >= COMPILED_FROM
+    return job.train.torch_compile == "on" or (job.train.torch_compile == "auto" and worth)
+
+
+def _steps(job: JobConfig, rows: Rows) -> int:
+    """Optimizer steps of all epochs."""
+    return sum(len(batches_of(rows.train.lengths, job.train, epoch)) for epoch in range(job.train.epochs))
+
+
 def _microbatched(job: JobConfig, count: int, notes: list[str]) -> JobConfig:
     """The job with at least ``count`` microbatches per worker and step; raises Untrainable below one row each."""
     if count == job.train.gradient_accumulation_steps:
@@ -132,7 +147,7 @@ class _Session:
         self._position = Position()
         self._trained_rows, self._clock = 0, clock
         self.start_above(None)
-        self.steps = sum(len(batches_of(rows.train.lengths, job.train, epoch)) for epoch in range(job.train.epochs))
+        self.steps = _steps(job, rows)
         self._factor = _schedule(job, self.steps)
         # By which the rows of a word table that no text uses shrink, per learning rate.
         name = learned.vocabulary.name if learned.vocabulary else ""

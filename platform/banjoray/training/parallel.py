@@ -42,7 +42,7 @@ class DataParallel:
         self._optimizer = adamw(job, model)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         wrapped: nn.Module = self._accelerator.prepare_model(model) if self.workers > 1 else model
-        compiled = job.train.torch_compile == "on" or (job.train.torch_compile == "auto" and cuda)
+        compiled = job.train.torch_compile == "on"
         self._wrapped: nn.Module = torch.compile(wrapped, dynamic=True) if compiled else wrapped  # type: ignore[assignment]
         # fp16 gradients fall below its smallest number unless the loss is scaled up first.
         scale = FIRST_SCALE if precision == "fp16" else 1.0
