@@ -71,7 +71,8 @@ def _about(replica: Callable[[], Replica]) -> APIRouter:
     @router.get("/", summary="What answers here")
     async def about() -> Response:
         """The model's name, version, task and labels, and the run it came from."""
-        version = replica().version
+        found = replica()
+        version = found.version
         told = {
             "model": version.model,
             "version": version.version,
@@ -80,6 +81,6 @@ def _about(replica: Callable[[], Replica]) -> APIRouter:
             "metrics": dict(version.metrics),
             "lineage": dict(version.lineage),
         }
-        return JSONResponse(told, headers=replica().headers)
+        return JSONResponse(told, headers=found.headers)
 
     return router

@@ -1,7 +1,8 @@
 """How a request is read in every protocol: no more bytes, and no other JSON, than may be; rows through the task."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import Request
@@ -59,6 +60,21 @@ def check_task(replica: Replica, fit: Sequence[str], path: str) -> None:
         raise RequestError(
             f"this model's task is {replica.task.name}; {path} is answered by models for {' or '.join(fit)}", 400
         )
+
+
+@contextmanager
+def in_words(words: Mapping[str, str], wrong_shape: int = 422) -> Iterator[None]:
+    """Errors that are raised in the block say where something stands in the client's words, of which the first counts.
+
+    ``words``: what the task calls a place -> what the client calls it; ``wrong_shape``: the status instead of 422.
+    """
+    try:
+        yield
+    except RequestError as error:
+        where, colon, rest = error.message.partition(":")
+        ours = next((known for known in words if where.startswith(known)), "")
+        where = words.get(ours, "") + where.removeprefix(ours)
+        raise RequestError(where + colon + rest, wrong_shape if error.status == 422 else error.status) from None
 
 
 def documented(

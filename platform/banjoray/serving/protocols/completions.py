@@ -38,7 +38,6 @@ class Form:
 TEXT = Form("/v1/completions", "prompt", "cmpl-", "text_completion", "text_completion")
 CHAT = Form("/v1/chat/completions", "messages", "chatcmpl-", "chat.completion", "chat.completion.chunk")
 
-# Our words for where something stands, and the client's; the first that fits counts.
 _PARAMETERS = {"parameters.max_new_tokens": "max_tokens", "parameters.num_beams": "stream", "parameters.": ""}
 WORDS = {"inputs": "prompt"} | _PARAMETERS
 CHAT_WORDS = {"inputs.messages": "messages", "inputs": "messages"} | _PARAMETERS
@@ -97,7 +96,7 @@ async def answer(replica: Replica, body: Mapping[str, Any], form: Form) -> Respo
         reason = _reason(finish_reason(ids, row["settings"], replica.tokenizer))
         said = Before(row["settings"].stop)
         text = said.more(text) + said.rest()
-        what = {"message": {"role": "assistant", "content": text}} if form is CHAT else {"text": text}
+        what: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if form is CHAT else {"text": text}
         choices.append({"index": number} | what | {"logprobs": None, "finish_reason": reason})
     told |= {"object": form.object, "choices": choices, "usage": _usage(found.tokens_read, sum(map(len, written)))}
     return JSONResponse(told, headers=replica.headers)

@@ -1,8 +1,8 @@
-"""KServe's Open Inference Protocol (v2) over HTTP, with its binary tensors, as `tritonclient.http` sends and reads it.
+"""KServe's Open Inference Protocol (v2) over HTTP, with binary tensors, as `tritonclient.http` sends and reads it.
 
-A row is an element of the tensor ``text`` (with ``text_pair`` for pairs), or of ``question`` and ``context``. What comes
-back depends on the task: ``label`` and ``score``, ``scores`` of all labels in their order; ``embedding``; or ``answer``,
-which holds a row's answer as JSON.
+A row is an element of the tensor ``text`` (with ``text_pair`` for pairs), or of ``question`` and ``context``. What is
+answered depends on the task: ``label`` and ``score``, with ``scores`` of all labels in their order; ``embedding``; or
+``answer``, which holds a row's answer as JSON.
 """
 
 import json
@@ -46,12 +46,8 @@ _INFER = documented(
     _ERROR,
 )
 _INFER["responses"][200]["content"] |= {"application/octet-stream": {}}
-_INFER["responses"][200]["headers"] = {
-    "Inference-Header-Content-Length": {
-        "description": "Bytes of JSON before binary data.",
-        "schema": {"type": "integer"},
-    }
-}
+_LENGTH = {"description": "Bytes of JSON before binary data.", "schema": {"type": "integer"}}
+_INFER["responses"][200]["headers"] = {"Inference-Header-Content-Length": _LENGTH}
 _REFUSALS = refusals(_ERROR)
 
 
@@ -181,8 +177,10 @@ async def _infer(replica: Replica, request: Request, name: str, version: str | N
     rows = _rows(read_tensors(body.get("inputs"), whole[length:], replica.limits.max_rows), replica.task)
     if replica.task.name == "text-classification" and "top_k" in own:
         raise RequestError("parameters.top_k: is not known here; label is the best, and scores has all of them")
-    answered = await replica.answer(asked(rows, own, replica.task, replica.limits.max_rows))
-    found = _outputs(replica, answered.body)
+    ask = asked(rows, own, replica.task, replica.limits.max_rows)
+    if ask.stream:
+        raise RequestError("parameters.stream: found true; whole answers are sent here, leave it out")
+    found = _outputs(replica, (await replica.answer(ask)).body)
     head = {"model_name": name, "model_version": str(replica.version.version)} | ({"id": ident} if ident else {})
     return packed(head, {key: (found[key], form) for key, form in wanted.items()}, replica.headers)
 

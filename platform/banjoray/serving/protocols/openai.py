@@ -2,8 +2,7 @@
 
 import base64
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,13 +12,12 @@ from fastapi.responses import JSONResponse
 
 from banjoray.errors import RequestError
 from banjoray.serving.protocols import completions
-from banjoray.serving.protocols.bodies import asked, body_of, check_task, documented, json_object, refusals
+from banjoray.serving.protocols.bodies import asked, body_of, check_task, documented, in_words, json_object, refusals
 from banjoray.serving.replica import Replica
 
 PATHS: tuple[str, ...] = ("/v1/",)
 # OpenAI's own codes for some statuses.
 _CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
-# Ours and the client's words for where something stands; the first that fits counts.
 _EMBEDDING_WORDS = {"inputs": "input", "parameters.": ""}
 _ERROR = {
     "type": "object",
@@ -72,30 +70,32 @@ def routes(replica: Callable[[], Replica]) -> APIRouter:
     @router.get("/models", summary="The model that answers here")
     async def models() -> Response:
         """A list of one."""
-        return JSONResponse({"object": "list", "data": [_model(replica())]}, headers=replica().headers)
+        found = replica()
+        return JSONResponse({"object": "list", "data": [_model(found)]}, headers=found.headers)
 
     @router.get("/models/{name}", summary="One model", responses=refusals(_ERROR))
     async def model(name: str) -> Response:
         """By its name, or its name@version."""
-        check_model(replica(), name)
-        return JSONResponse(_model(replica()), headers=replica().headers)
+        found = replica()
+        check_model(found, name)
+        return JSONResponse(_model(found), headers=found.headers)
 
     @router.post("/embeddings", summary="Vectors of texts", **_EMBEDDINGS)
     async def embeddings(request: Request) -> Response:
         """For feature-extraction models."""
-        async with _in_the_clients_words(_EMBEDDING_WORDS):
+        with in_words(_EMBEDDING_WORDS, 400):
             return await _embeddings(replica(), request)
 
     @router.post("/completions", summary="Texts that go on", **_COMPLETIONS)
     async def complete(request: Request) -> Response:
         """For text-generation models; what is not asked for is as the version has it."""
-        async with _in_the_clients_words(completions.WORDS):
+        with in_words(completions.WORDS, 400):
             return await _completed(replica(), request, completions.TEXT)
 
     @router.post("/chat/completions", summary="The next turn of a conversation", **_CHAT)
     async def chat(request: Request) -> Response:
         """For text-generation models whose tokenizer has a chat template."""
-        async with _in_the_clients_words(completions.CHAT_WORDS):
+        with in_words(completions.CHAT_WORDS, 400):
             return await _completed(replica(), request, completions.CHAT)
 
     return router
@@ -118,20 +118,6 @@ def check_model(replica: Replica, name: Any) -> None:
     served = replica.version
     if name is not None and name not in (served.model, str(served)):
         raise RequestError(f"model: found {name!r:.100}; this endpoint serves '{served.model}' ('{served}')", 404)
-
-
-@asynccontextmanager
-async def _in_the_clients_words(words: Mapping[str, str]) -> AsyncIterator[None]:
-    """Errors that are raised in the block name what the client sent; a wrong shape is 400 for OpenAI's clients."""
-    try:
-        yield
-    except RequestError as error:
-        where, colon, rest = error.message.partition(":")
-        for ours, theirs in words.items():
-            if where.startswith(ours):
-                where = theirs + where.removeprefix(ours)
-                break
-        raise RequestError(where + colon + rest, 400 if error.status == 422 else error.status) from None
 
 
 def _model(replica: Replica) -> dict[str, Any]:

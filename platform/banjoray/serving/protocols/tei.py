@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 
 from banjoray import __version__
 from banjoray.errors import RequestError
-from banjoray.serving.protocols.bodies import asked, body_of, check_task, documented, json_object, refusals
+from banjoray.serving.protocols.bodies import asked, body_of, check_task, documented, in_words, json_object, refusals
 from banjoray.serving.replica import Replica
 from banjoray.tasks.task import true_or_false
 
@@ -41,6 +41,7 @@ _RERANK = documented(
     "{index, score} of every text by falling score.",
     _ERROR,
 )
+_RERANK_WORDS = {"inputs.source_sentence": "query", "inputs.sentences": "texts", "inputs[": "texts["}
 _PREDICT = documented(
     {
         "inputs": {"description": "A text; a pair [text, text]; or a list of [text] and [text, text]."},
@@ -65,7 +66,8 @@ def routes(replica: Callable[[], Replica]) -> APIRouter:
     @router.post("/rerank", summary="Texts by how well they fit a query", **_RERANK)
     async def rerank(request: Request) -> Response:
         """By the cosine of feature-extraction models, or the number that a regression on pairs gives."""
-        return await _rerank(replica(), request)
+        with in_words(_RERANK_WORDS):
+            return await _rerank(replica(), request)
 
     @router.post("/predict", summary="Labels of texts", **_PREDICT)
     async def predict(request: Request) -> Response:
@@ -75,7 +77,8 @@ def routes(replica: Callable[[], Replica]) -> APIRouter:
     @router.get("/info", summary="What answers here", responses=refusals(_ERROR))
     async def info() -> Response:
         """The model, and how much of it can be asked at once."""
-        return JSONResponse(_info(replica()), headers=replica().headers)
+        found = replica()
+        return JSONResponse(_info(found), headers=found.headers)
 
     return router
 
