@@ -165,7 +165,7 @@ def test_a_streamed_turn_says_what_the_whole_one_says(chat: InProcess) -> None:
 def test_a_stream_that_breaks_off_ends_with_an_error_and_without_done(
     chat: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(ask: Any) -> Any:
+    async def broken(_: Any) -> Any:
         async def pieces() -> Any:
             yield {"token": {"text": "one", "special": False}, "details": None}
             raise ValueError("a secret path")

@@ -1,0 +1,131 @@
+"""All protocols at one address: each has its own errors, says what it takes, and no body makes any of them fail."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from banjoray.serving.protocols import huggingface, kserve, openai, tei
+from replicas import InProcess, encoder, talker
+
+ERRORS = {
+    "/": {"error"},
+    "/models/tiny": {"error"},
+    "/v1/embeddings": {"error"},
+    "/v1/completions": {"error"},
+    "/v1/chat/completions": {"error"},
+    "/v2/models/tiny/infer": {"error"},
+    "/v2/models/tiny/versions/1/infer": {"error"},
+    "/embed": {"error", "error_type"},
+    "/rerank": {"error", "error_type"},
+    "/predict": {"error", "error_type"},
+}
+TASKS = ("text-classification", "feature-extraction", "question-answering", "text-generation")
+KEYS = ("inputs", "input", "prompt", "messages", "query", "texts", "parameters", "outputs", "stream", "model")
+VALUES = (
+    b'"a"',
+    b'" "',
+    b'"\\ud800"',
+    b"null",
+    b"true",
+    b"-1",
+    b"1e999",
+    b"[]",
+    b"{}",
+    b'["a", null]',
+    b'[["a", "b"], ["c"]]',
+    b"[[[[[[]]]]]]",
+    b'{"text": "a"}',
+    b'[{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}]',
+    b'[{"role": "user", "content": "a"}]',
+)
+BODIES = (
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'{"inputs": NaN}',
+    b"\xff\xfe",
+    b"\x00\x01",
+    b"[" * 5000,
+    b'{"\\ud800": 1}',
+    b'{"' + b"k" * 50_000 + b'": 1}',
+    b'{"inputs": ' + b"9" * 10_000 + b"}",
+)
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
+    folder = tmp_path_factory.mktemp("replica")
+    engine = talker(folder) if request.param == "text-generation" else encoder(folder, request.param)
+    found = InProcess(engine, max_body_mib=0.0625)
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("path", ERRORS)
+def test_no_body_is_answered_with_anything_but_an_answer_or_an_error_of_the_protocol(
+    asked: InProcess, path: str
+) -> None:
+    values = [b'{"%s": %s}' % (key.encode(), value) for key in KEYS for value in VALUES]
+    both = [b'{"query": %s, "texts": %s, "inputs": %s}' % (one, one, one) for one in VALUES]
+    refused = 0
+    for body in (*BODIES, *values, *both):
+        # What the application does not turn into a status is raised here.
+        response = asked.request("POST", path, content=body)
+        if response.status_code == 200:
+            continue
+        refused += 1
+        assert 400 <= response.status_code < 423, response.text
+        assert set(response.json()) == ERRORS[path]
+        if path.startswith("/v1/"):
+            assert isinstance(response.json()["error"]["message"], str)
+        assert len(response.content) < 3000 or body.startswith(b'{"kkk')
+    assert refused > len(BODIES)
+
+
+@pytest.mark.parametrize("path", ERRORS)
+def test_too_large_a_body_is_refused_in_every_protocol(asked: InProcess, path: str) -> None:
+    response = asked.request("POST", path, content=b'{"inputs": "' + b"a" * 70_000 + b'"}')
+    assert response.status_code == 413
+    assert set(response.json()) == ERRORS[path]
+
+
+def test_paths_that_are_not_there_are_told_in_the_shape_of_their_protocol(asked: InProcess) -> None:
+    for path, where in (("/v1/nothing", ("error", "message")), ("/v2/nothing", ("error",)), ("/nothing", ("error",))):
+        response = asked.request("GET", path)
+        told = response.json()
+        for key in where:
+            told = told[key]
+        assert (response.status_code, told) == (404, f"GET {path}: Not Found")
+    for path, method in (("/embed", "GET"), ("/", "DELETE"), ("/v2", "POST"), ("/v1/models", "POST")):
+        response = asked.request(method, path)
+        assert (response.status_code, f"{method} {path}: Method Not Allowed" in response.text) == (405, True)
+    assert set(asked.request("GET", "/embed").json()) == {"error", "error_type"}
+
+
+def test_the_document_has_every_route_and_its_errors(asked: InProcess) -> None:
+    paths: dict[str, Any] = asked.request("GET", "/openapi.json").json()["paths"]
+    for path in ERRORS:
+        named = path.replace("tiny", "{name}").replace("versions/1", "versions/{version}")
+        documented = paths[named]["post"]
+        assert documented["requestBody"]["content"]["application/json"]["schema"]["required"]
+        errors = [code for code in documented["responses"] if code.startswith("4")]
+        assert errors == (["400", "404", "413", "422"] if path in ("/", "/models/tiny") else ["4XX"])
+    gets = {path for path, methods in paths.items() if "get" in methods}
+    assert {"/", "/healthz", "/info", "/v1/models", "/v2", "/v2/health/ready", "/v2/models/{name}"} <= gets
+    for path, methods in paths.items():
+        assert not any("HTTPValidationError" in str(method["responses"]) for method in methods.values()), path
+
+
+def test_every_path_of_a_protocol_has_that_protocols_errors() -> None:
+    def none() -> Any:
+        raise AssertionError("nobody was asked")
+
+    for protocol in (openai, kserve, tei):
+        for route in protocol.routes(none).routes:
+            path = str(getattr(route, "path", ""))
+            assert any(path == known or (known.endswith("/") and path.startswith(known)) for known in protocol.PATHS)
+    others = (*openai.PATHS, *kserve.PATHS, *tei.PATHS)
+    for route in huggingface.routes(none).routes:
+        assert not str(getattr(route, "path", "")).startswith(others)
