@@ -1,6 +1,9 @@
 """All protocols at one address: each has its own errors, says what it takes, and no body makes any of them fail."""
 
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +23,15 @@ ERRORS = {
     "/rerank": {"error", "error_type"},
     "/predict": {"error", "error_type"},
 }
+DOCS = Path(__file__).parents[2] / "docs/protocols.md"
 TASKS = ("text-classification", "feature-extraction", "question-answering", "text-generation")
+# What may answer 200 by the task that is served; the rest of the page is for other tasks.
+FITTING = {
+    "text-classification": {"/models/emotion", "/v2/models/emotion/infer", "/predict"},
+    "feature-extraction": {"/models/emotion", "/v1/embeddings", "/v2/models/emotion/infer", "/embed", "/rerank"},
+    "question-answering": set(),
+    "text-generation": {"/v1/completions", "/v1/chat/completions", "/v2/models/emotion/infer"},
+}
 KEYS = ("inputs", "input", "prompt", "messages", "query", "texts", "parameters", "outputs", "stream", "model")
 VALUES = (
     b'"a"',
@@ -129,3 +140,17 @@ def test_every_path_of_a_protocol_has_that_protocols_errors() -> None:
     others = (*openai.PATHS, *kserve.PATHS, *tei.PATHS)
     for route in huggingface.routes(none).routes:
         assert not str(getattr(route, "path", "")).startswith(others)
+
+
+def test_the_requests_of_the_page_about_protocols_are_answered(asked: InProcess) -> None:
+    shown = re.findall(r"^curl -s http://127\.0\.0\.1:8000(\S+) -d '(.*)'$", DOCS.read_text(encoding="utf-8"), re.M)
+    assert {path for path, _ in shown} == set.union(*FITTING.values())
+    for path, body in shown:
+        known = json.loads(body)
+        known |= {"model": "tiny"} if "model" in known else {}
+        if path == "/models/emotion" and asked.replica.task.name == "feature-extraction":
+            # A vector has no best two.
+            del known["parameters"]
+        response = asked.request("POST", path.replace("emotion", "tiny"), json=known)
+        fits = path in FITTING[asked.replica.task.name]
+        assert (response.status_code == 200) == fits, response.text

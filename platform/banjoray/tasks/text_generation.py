@@ -142,7 +142,9 @@ def _row(found: Any, where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         return {"text": text_of(found, where)}
     if set(found) != {"messages"} or not isinstance(found["messages"], list) or not found["messages"]:
-        raise RequestError(f"{where}: found keys {sorted(map(str, found))}; needed messages, a list with a turn or more")
+        raise RequestError(
+            f"{where}: found keys {sorted(map(str, found))}; needed messages, a list with a turn or more"
+        )
     return {"text": "", "messages": [_turn(turn, f"{where}.messages[{n}]") for n, turn in enumerate(found["messages"])]}
 
 
