@@ -26,7 +26,7 @@ ERRORS = {
 DOCS = Path(__file__).parents[2] / "docs/protocols.md"
 TASKS = ("text-classification", "feature-extraction", "question-answering", "text-generation")
 # What may answer 200 by the task that is served; the rest of the page is for other tasks.
-FITTING = {
+FITTING: dict[str, set[str]] = {
     "text-classification": {"/models/emotion", "/v2/models/emotion/infer", "/predict"},
     "feature-extraction": {"/models/emotion", "/v1/embeddings", "/v2/models/emotion/infer", "/embed", "/rerank"},
     "question-answering": set(),

@@ -141,11 +141,10 @@ def _row(found: Any, where: str) -> dict[str, Any]:
     """A prompt of a request; a conversation has no ``text`` of its own that could be given back."""
     if not isinstance(found, dict):
         return {"text": text_of(found, where)}
-    if set(found) != {"messages"} or not isinstance(found["messages"], list) or not found["messages"]:
-        raise RequestError(
-            f"{where}: found keys {sorted(map(str, found))}; needed messages, a list with a turn or more"
-        )
-    return {"text": "", "messages": [_turn(turn, f"{where}.messages[{n}]") for n, turn in enumerate(found["messages"])]}
+    turns = found["messages"] if set(found) == {"messages"} else None
+    if not isinstance(turns, list) or not turns:
+        raise RequestError(f"{where}: found keys {sorted(map(str, found))}; needed messages, a list of turns")
+    return {"text": "", "messages": [_turn(turn, f"{where}.messages[{n}]") for n, turn in enumerate(turns)]}
 
 
 def _turn(found: Any, where: str) -> dict[str, str]:
