@@ -37,6 +37,7 @@ class InProcess:
         self.engine = engine
         self.replica = Replica(engine, config)
         self.app = application(lambda: self.replica)
+        self.root = ""
         self._runner = asyncio.Runner()
 
     def request(self, method: str, path: str, **what: Any) -> httpx.Response:
@@ -53,7 +54,7 @@ class InProcess:
         """What ``ask`` gives for a client of the application."""
 
         async def asked() -> Any:
-            transport = httpx.ASGITransport(self.app)
+            transport = httpx.ASGITransport(self.app, root_path=self.root)
             async with httpx.AsyncClient(transport=transport, base_url="http://in.process") as client:
                 return await ask(client)
 

@@ -115,6 +115,17 @@ def test_paths_that_are_not_there_are_told_in_the_shape_of_their_protocol(asked:
     assert set(asked.request("GET", "/embed").json()) == {"error", "error_type"}
 
 
+def test_a_prefix_of_all_paths_does_not_change_whose_they_are(asked: InProcess) -> None:
+    asked.root = "/tiny"
+    try:
+        told = asked.request("GET", "/tiny/v1/nothing").json()
+        assert set(asked.request("GET", "/tiny/embed").json()) == {"error", "error_type"}
+        assert asked.request("GET", "/tiny/v2/models/tiny").status_code == 200
+    finally:
+        asked.root = ""
+    assert told["error"]["message"] == "GET /tiny/v1/nothing: Not Found"
+
+
 def test_the_document_has_every_route_and_its_errors(asked: InProcess) -> None:
     paths: dict[str, Any] = asked.request("GET", "/openapi.json").json()["paths"]
     for path in ERRORS:

@@ -42,7 +42,7 @@ def refusal(request: Request, message: str, status: int) -> JSONResponse:
     """An error in the shape of the protocol that the request's path belongs to."""
     # What is told may repeat half a character of the request, which no answer can hold.
     message = message.encode(errors="backslashreplace").decode()
-    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+    path = request.scope["path"].removeprefix(request.scope.get("root_path", "").rstrip("/"))
     for protocol in _SHAPED:
         if any(path == known or (known.endswith("/") and path.startswith(known)) for known in protocol.PATHS):
             return protocol.refusal(message, status)

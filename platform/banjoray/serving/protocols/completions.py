@@ -85,7 +85,7 @@ async def answer(replica: Replica, body: Mapping[str, Any], form: Form) -> Respo
     if ask.stream:
         options = body.get("stream_options") or {}
         if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
-            raise RequestError(f"stream_options: found {options!r}; needed an object with include_usage")
+            raise RequestError(f"stream_options: found {options!r:.100}; needed an object with include_usage")
         usage = true_or_false(options, "include_usage", False)
         return EventStream(_chunks(await replica.stream(ask), ask, form, told, usage), replica.headers)
     found = await replica.answer(ask)
