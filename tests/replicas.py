@@ -65,8 +65,8 @@ class InProcess:
         self.replica._batcher._thread.shutdown()
 
 
-def _job(task: str, **data: Any) -> JobConfig:
-    tree = {"name": "tiny", "task": task, "data": {"source": "banjoray:emotion", "max_length": 40} | data}
+def _job(task: str) -> JobConfig:
+    tree = {"name": "tiny", "task": task, "data": {"source": "banjoray:emotion", "max_length": 40, "stride": 8}}
     return validate(JobConfig, tree, "test job")
 
 

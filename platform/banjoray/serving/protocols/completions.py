@@ -121,7 +121,10 @@ def texts_of(found: Any, replica: Replica, where: str) -> str | list[str]:
 
 
 class Before:
-    """The text before the first of some stops; piece by piece, what may begin one is held back until it is known."""
+    """The text before the first of some stops; piece by piece, what may begin one is held back until it is known.
+
+    Nothing is written after the piece that completes one, so pieces or not, it is the same.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops

@@ -103,7 +103,7 @@ def routes(replica: Callable[[], Replica]) -> APIRouter:
 
 def refusal(message: str, status: int) -> JSONResponse:
     """An error as OpenAI's clients read it; ``param`` is the one that the message begins with."""
-    found = re.match(r"([a-z_]+)(?:\[\d+\])*(?:\.[a-z_]+)*: ", message)
+    found = re.match(r"([a-z_]+)(?:\[\d+\]|\.[a-z_]+)*: ", message)
     if status == 404 and message.startswith("model: "):
         code: str | None = "model_not_found"
     else:
