@@ -30,9 +30,20 @@ FITTING: dict[str, set[str]] = {
     "text-classification": {"/models/emotion", "/v2/models/emotion/infer", "/predict"},
     "feature-extraction": {"/models/emotion", "/v1/embeddings", "/v2/models/emotion/infer", "/embed", "/rerank"},
     "question-answering": set(),
-    "text-generation": {"/v1/completions", "/v1/chat/completions", "/v2/models/emotion/infer"},
+    "text-generation": {"/models/emotion", "/v1/completions", "/v1/chat/completions", "/v2/models/emotion/infer"},
 }
-KEYS = ("inputs", "input", "prompt", "messages", "query", "texts", "parameters", "outputs", "stream", "model")
+TENSORS = '[{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}]'
+# Path -> the keys of a request that is right for some task, as JSON.
+RIGHT = {
+    "/": {"inputs": '"a"', "parameters": "{}", "stream": "false"},
+    "/v1/embeddings": {"input": '"a"', "dimensions": "4", "model": '"tiny"'},
+    "/v1/completions": {"prompt": '"one"', "stop": '"two"', "stream": "true", "stream_options": "{}"},
+    "/v1/chat/completions": {"messages": '[{"role": "user", "content": "one"}]', "temperature": "0", "seed": "1"},
+    "/v2/models/tiny/infer": {"inputs": TENSORS, "outputs": "[]", "parameters": "{}", "id": '"7"'},
+    "/embed": {"inputs": '"a"', "normalize": "true", "truncate": "true"},
+    "/rerank": {"query": '"a"', "texts": '["b"]', "return_text": "true"},
+    "/predict": {"inputs": '["a", "b"]', "raw_scores": "true"},
+}
 VALUES = (
     b'"a"',
     b'" "',
@@ -41,14 +52,15 @@ VALUES = (
     b"true",
     b"-1",
     b"1e999",
+    b'["\\ud800"]',
     b"[]",
     b"{}",
     b'["a", null]',
     b'[["a", "b"], ["c"]]',
     b"[[[[[[]]]]]]",
     b'{"text": "a"}',
-    b'[{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}]',
-    b'[{"role": "user", "content": "a"}]',
+    b'[{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["\\ud800"]}]',
+    b'[{"role": "user", "content": "\\ud800"}]',
 )
 BODIES = (
     b"",
@@ -74,14 +86,14 @@ def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     found.close()
 
 
-@pytest.mark.parametrize("path", ERRORS)
+@pytest.mark.parametrize("path", RIGHT)
 def test_no_body_is_answered_with_anything_but_an_answer_or_an_error_of_the_protocol(
     asked: InProcess, path: str
 ) -> None:
-    values = [b'{"%s": %s}' % (key.encode(), value) for key in KEYS for value in VALUES]
-    both = [b'{"query": %s, "texts": %s, "inputs": %s}' % (one, one, one) for one in VALUES]
+    changed = [RIGHT[path] | {key: value.decode()} for key in RIGHT[path] for value in VALUES]
+    bodies = ["{" + ", ".join(f'"{key}": {value}' for key, value in body.items()) + "}" for body in changed]
     refused = 0
-    for body in (*BODIES, *values, *both):
+    for body in (*BODIES, *(text.encode() for text in bodies)):
         # What the application does not turn into a status is raised here.
         response = asked.request("POST", path, content=body)
         if response.status_code == 200:
@@ -91,15 +103,13 @@ def test_no_body_is_answered_with_anything_but_an_answer_or_an_error_of_the_prot
         assert set(response.json()) == ERRORS[path]
         if path.startswith("/v1/"):
             assert isinstance(response.json()["error"]["message"], str)
-        assert len(response.content) < 3000 or body.startswith(b'{"kkk')
     assert refused > len(BODIES)
 
 
-@pytest.mark.parametrize("path", ERRORS)
-def test_too_large_a_body_is_refused_in_every_protocol(asked: InProcess, path: str) -> None:
-    response = asked.request("POST", path, content=b'{"inputs": "' + b"a" * 70_000 + b'"}')
-    assert response.status_code == 413
-    assert set(response.json()) == ERRORS[path]
+def test_too_large_a_body_is_refused_in_every_protocol(asked: InProcess) -> None:
+    for path, error in ERRORS.items():
+        response = asked.request("POST", path, content=b'{"inputs": "' + b"a" * 70_000 + b'"}')
+        assert (response.status_code, set(response.json())) == (413, error)
 
 
 def test_paths_that_are_not_there_are_told_in_the_shape_of_their_protocol(asked: InProcess) -> None:
