@@ -41,7 +41,8 @@ class InProcess:
         self._runner = asyncio.Runner()
 
     def request(self, method: str, path: str, **what: Any) -> httpx.Response:
-        return self.run(lambda client: client.request(method, path, **what))
+        response: httpx.Response = self.run(lambda client: client.request(method, path, **what))
+        return response
 
     def post(self, path: str, json: Any) -> Any:
         """The body of an answer that has to be 200."""

@@ -205,8 +205,8 @@ def _wanted(found: Any, known: Sequence[str], binary: bool) -> dict[str, bool]:
     if not isinstance(found, list):
         raise RequestError(f"outputs: found {type(found).__name__}; needed a list of outputs")
     for place, output in enumerate(found):
-        name = output.get("name") if isinstance(output, dict) else output
-        if name not in known:
+        name = output.get("name") if isinstance(output, dict) else None
+        if not isinstance(name, str) or name not in known:
             raise RequestError(f"outputs[{place}]: found {name!r:.100}; this model has {', '.join(known)}")
         parameters = output.get("parameters") or {}
         if not isinstance(parameters, dict) or set(parameters) - {"binary_data"}:

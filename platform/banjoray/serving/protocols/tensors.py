@@ -66,7 +66,7 @@ def packed(head: Mapping[str, Any], outputs: Mapping[str, tuple[Tensor, bool]], 
     for name, (tensor, apart) in outputs.items():
         numbers = isinstance(tensor, np.ndarray)
         shape = list(tensor.shape) if isinstance(tensor, np.ndarray) else [len(tensor)]
-        output = {"name": name, "datatype": "FP32" if numbers else "BYTES", "shape": shape}
+        output: dict[str, Any] = {"name": name, "datatype": "FP32" if numbers else "BYTES", "shape": shape}
         if apart:
             cells = tensor.tobytes() if isinstance(tensor, np.ndarray) else b"".join(map(_element, tensor))
             output["parameters"] = {"binary_data_size": len(cells)}
@@ -102,7 +102,8 @@ def _listed(data: Any, where: str) -> list[str]:
 
 
 def _unpacked(data: bytes, where: str) -> list[str]:
-    texts, place = [], 0
+    texts: list[str] = []
+    place = 0
     while place < len(data):
         (length,) = struct.unpack_from("<I", data, place) if place + 4 <= len(data) else (len(data),)
         place += 4
