@@ -287,6 +287,21 @@ def test_health_and_documentation_answer(client: httpx.Client) -> None:
     assert "/openapi.json" in docs.text
 
 
+def test_other_protocols_answer_what_hugging_faces_does(client: httpx.Client, shelf: Shelf) -> None:
+    (answer,) = ask(client, TEXT)
+    listed = client.get("/v1/models")
+    assert [model["id"] for model in listed.json()["data"]] == ["tiny"]
+    tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [TEXT]}
+    label, score, _ = client.post("/v2/models/tiny/infer", json={"inputs": [tensor]}).json()["outputs"]
+    assert (label["data"], score["data"]) == ([answer[0]["label"]], [pytest.approx(answer[0]["score"], abs=BOUND)])
+    predicted = client.post("/predict", json={"inputs": TEXT})
+    assert scores(predicted.json()) == pytest.approx(scores(answer), abs=BOUND)
+    assert client.get("/info").json()["model_sha"] == shelf.registry.resolve("tiny@1").digest
+    assert {found.headers["x-model-version"] for found in (listed, predicted)} == {"tiny@1"}
+    refused = client.post("/v1/embeddings", json={"input": TEXT})
+    assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
 def test_openapi_documents_both_ways_to_ask(client: httpx.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     for path in ("/", "/models/{name}"):

@@ -1,6 +1,5 @@
 """HTTP answers from a registered version: one Ray Serve deployment, ingress and model in the same replica."""
 
-import asyncio
 import logging
 import socket
 import time
@@ -9,136 +8,39 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
-from starlette.exceptions import HTTPException
 
 import ray
 from banjoray.config.job import is_url, read_yaml
 from banjoray.config.section import validate
 from banjoray.config.serve import ServeConfig
-from banjoray.data.tokens import Feature
-from banjoray.errors import ClusterError, ConfigError, RequestError
+from banjoray.errors import ClusterError, ConfigError
 from banjoray.registry import Registry
-from banjoray.serving.batching import Batcher
+from banjoray.serving import routes
 from banjoray.serving.engine import load
-from banjoray.serving.protocols import huggingface
-from banjoray.serving.streaming import EventStream
+from banjoray.serving.replica import Replica
 from banjoray.training.signals import kept_sigterm
 from ray import serve
 
-api = FastAPI(title="banjoray", description="Answers of one registered model version.")
 
-# Which shapes there are depends on the task; GET / names it.
-_INPUTS = (
-    "A text, a list of texts, or objects: text and text_pair, question and context, source_sentence and sentences."
-)
-_BODY = {
-    "type": "object",
-    "required": ["inputs"],
-    "properties": {
-        "inputs": {"description": _INPUTS, "example": "what a lovely surprise"},
-        "parameters": {"type": "object", "description": "As the task has them; an unknown one is refused by name."},
-        "stream": {"type": "boolean", "description": "text-generation: an event per token; one text, no beams."},
-    },
-}
-_ERROR = {"type": "object", "properties": {"error": {"type": "string"}}}
-_DOCUMENTED: dict[str, Any] = {
-    "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": _BODY}}}},
-    "responses": {
-        200: {
-            "description": "As Hugging Face's client reads the task; with stream: true events, an error the last.",
-            "content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}},
-        }
-    }
-    | {
-        status: {"description": text, "content": {"application/json": {"schema": _ERROR}}}
-        for status, text in {400: "Not JSON.", 404: "Another model.", 413: "Too large.", 422: "Wrong shape."}.items()
-    },
-}
-
-
-@api.exception_handler(RequestError)
-async def _refuse(_: Request, error: RequestError) -> JSONResponse:
-    return JSONResponse({"error": error.message}, error.status)
-
-
-@api.exception_handler(HTTPException)
-async def _not_found(request: Request, error: HTTPException) -> JSONResponse:
-    return JSONResponse({"error": f"{request.method} {request.url.path}: {error.detail}"}, error.status_code)
+def _replica() -> Replica:
+    """Who answers in this process."""
+    replica: Replica = serve.get_replica_context().servable_object.replica  # type: ignore[attr-defined]
+    return replica
 
 
 # serve.ingress pickles the routes with the names they use, so what they use stands above them.
-async def _body(request: Request, limit: int) -> bytes:
-    """The request's body; refused as soon as it is known to be too large."""
-    too_large = RequestError(f"the body is larger than {limit / 2**20:g} MiB", 413)
-    declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > limit:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise too_large
-    return bytes(body)
+api = routes.application(_replica)
 
 
 @serve.deployment(name="Endpoint")
 @serve.ingress(api)
 class Endpoint:
-    """One replica: reads a request, encodes its rows, waits for its share of a batch, answers."""
+    """One replica of one version."""
 
     def __init__(self, config: ServeConfig, version: str) -> None:
-        self._config = config
-        self._engine = load(version, config.registry)
-        self._batcher: Batcher[Feature, np.ndarray] = Batcher(self._forward, config.max_batch_tokens)
-        registered = self._engine.version
-        self._headers = {"x-model-version": str(registered), "x-run-id": str(registered.lineage["run"])}
-
-    def _forward(self, rows: Any) -> list[np.ndarray]:
-        return self._engine.forward(rows)
-
-    @api.post("/", summary="Answer rows", **_DOCUMENTED)
-    async def answer(self, request: Request) -> Response:
-        """Hugging Face's inference schema for the task that the model was trained for."""
-        engine = self._engine
-        body = await _body(request, int(self._config.max_body_mib * 2**20))
-        ask = huggingface.parse(body, engine.task, self._config.max_rows)
-        rows = await asyncio.to_thread(engine.encode, ask.rows)
-        if ask.stream:
-            return EventStream(huggingface.events(self._batcher.stream(engine.streamed(ask, rows))), self._headers)
-        outputs = await self._batcher.outputs([feature for row in rows for feature in row])
-        return JSONResponse(engine.answer(ask, rows, outputs), headers=self._headers)
-
-    @api.post("/models/{name}", summary="Answer rows, by the model's name", **_DOCUMENTED)
-    async def answer_model(self, name: str, request: Request) -> Response:
-        """The same as ``POST /``, at the path that `huggingface_hub.InferenceClient` uses."""
-        served = self._engine.version.model
-        if name != served:
-            raise RequestError(f"no model '{name}' here; this endpoint serves '{served}'", 404)
-        return await self.answer(request)
-
-    @api.get("/healthz", summary="Ready to answer")
-    async def healthz(self) -> dict[str, str]:
-        """Answers once the model is loaded and has made its first pass."""
-        return {"status": "ok"}
-
-    @api.get("/", summary="What answers here")
-    async def about(self) -> Response:
-        """The model's name, version, task and labels, and the run it came from."""
-        version = self._engine.version
-        told = {
-            "model": version.model,
-            "version": version.version,
-            "task": version.task,
-            "labels": version.labels,
-            "metrics": dict(version.metrics),
-            "lineage": dict(version.lineage),
-        }
-        return JSONResponse(told, headers=self._headers)
+        self.replica = Replica(load(version, config.registry), config)
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:

@@ -24,8 +24,13 @@ class Engine:
         self.labels = labels_of(model) if task.labelled else ()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._data = job.data
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens of a text are read."""
+        return self._data.max_length
 
     @property
     def pass_tokens(self) -> int:
@@ -38,7 +43,7 @@ class Engine:
             # Texts and pairs in one request.
             return [found for row in rows for found in self.encode([row])]
         columns = {key: [row[key] for row in rows] for key in rows[0]}
-        return self.task.encode(columns, self._tokenizer, self._data).by_row()
+        return self.task.encode(columns, self.tokenizer, self._data).by_row()
 
     def forward(self, features: Sequence[Feature]) -> list[np.ndarray]:
         """What the task keeps of some features' outputs, in their order; one pass through the model.
@@ -46,10 +51,10 @@ class Engine:
         Where answers are texts: what the model writes for each, as its own settings say.
         """
         if self.task.generates:
-            return self.task.generate(self._model, features, self._tokenizer)
+            return self.task.generate(self._model, features, self.tokenizer)
         inputs = {name: [feature.inputs[name] for feature in features] for name in features[0].inputs}
         tokens = tokens_of([Features(inputs, range(len(features)))])
-        batch = to_tensors(padded(tokens, np.arange(len(features)), self._tokenizer.pad_token_id), self._device)
+        batch = to_tensors(padded(tokens, np.arange(len(features)), self.tokenizer.pad_token_id), self._device)
         with torch.inference_mode():
             return self.task.kept(self._model(**batch), batch, None)
 
@@ -61,13 +66,13 @@ class Engine:
         """
         ((feature,),) = rows
         self.task.check_stream(self._model, feature)
-        return lambda tell: self.task.stream(self._model, ask, feature, self._tokenizer, tell)
+        return lambda tell: self.task.stream(self._model, ask, feature, self.tokenizer, tell)
 
     def answer(self, ask: Ask, rows: Sequence[Sequence[Feature]], outputs: Sequence[np.ndarray]) -> Any:
         """The body of the answer to ``ask``; ``outputs`` of the features of all ``rows``, one after the other."""
         left = iter(outputs)
         seen = [Seen(features, [next(left) for _ in features]) for features in rows]
-        return self.task.answer(ask, seen, self.labels, self._tokenizer)
+        return self.task.answer(ask, seen, self.labels, self.tokenizer)
 
 
 def load(reference: str, registry: str) -> Engine:

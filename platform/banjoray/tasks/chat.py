@@ -7,10 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
+
 from banjoray.config.data import DataConfig
-from banjoray.errors import ModelError
+from banjoray.errors import ModelError, RequestError
 
 Turn = Mapping[str, str]
+# What a template raises that can't write some turns.
+_REFUSED = (jinja2.TemplateError, ValueError, TypeError)
 # How a template marks what the assistant writes, where it does; transformers reads it.
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -48,6 +52,24 @@ def conversations(rows: Mapping[str, Sequence[Any]]) -> list[list[Turn]]:
 def prompt_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """What a model reads before it answers: each text as a turn of the user, up to where the assistant's begins."""
     return _ids([_written([{"role": "user", "content": text}], tokenizer, asking=True) for text in texts], tokenizer)
+
+
+def turns_ids(turns: Sequence[Turn], tokenizer: Any) -> list[int]:
+    """What a model reads before it answers the last of some turns of a request.
+
+    Raises RequestError: turns that the template refuses, or a tokenizer without a template.
+    """
+    if not tokenizer.chat_template:
+        raise RequestError("messages: found a conversation; this model has no chat template, ask it with a text")
+    try:
+        written = _template(turns, tokenizer, asking=True)
+    except _REFUSED as error:
+        raise RequestError(
+            f"messages: this model's chat template refuses these turns ({error}); needed turns in the order that it "
+            "takes"
+        ) from None
+    (ids,) = _ids([written], tokenizer)
+    return ids or [tokenizer.pad_token_id]
 
 
 def conversation_ids(turns: Sequence[Turn], tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -113,15 +135,17 @@ def _parted(whole: str, borders: Sequence[int], tokenizer: Any) -> tuple[list[in
 
 def _written(turns: Sequence[Turn], tokenizer: Any, asking: bool = False) -> str:
     """What the template makes of some turns; ``asking``: with what stands before an answer."""
-    import jinja2
-
     try:
-        text: str = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=asking)
-    except (jinja2.TemplateError, ValueError, TypeError) as error:
+        return _template(turns, tokenizer, asking)
+    except _REFUSED as error:
         raise ModelError(
             f"model.base: the chat template of '{tokenizer.name_or_path}' refuses {_told(turns)} ({error}); needed "
             "turns in the order that it takes"
         ) from None
+
+
+def _template(turns: Sequence[Turn], tokenizer: Any, asking: bool) -> str:
+    text: str = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=asking)
     return text
 
 

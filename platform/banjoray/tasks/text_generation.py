@@ -16,7 +16,7 @@ from banjoray.data.conversations import unusable_conversations
 from banjoray.data.splits import Splits, named_columns, plain_splits
 from banjoray.data.tokens import IGNORED, Feature, Features
 from banjoray.errors import ConfigError, RequestError
-from banjoray.tasks.chat import chatting, conversation_ids, conversations, prompt_ids
+from banjoray.tasks.chat import chatting, conversation_ids, conversations, prompt_ids, turns_ids
 from banjoray.tasks.generation import check_aloud, write_aloud
 from banjoray.tasks.packing import apart, check_packing, packed
 from banjoray.tasks.pieces import Events, details, text_of_ids
@@ -29,6 +29,8 @@ _WRITING = tuple(name for name in WRITING if name not in ("max_length", "min_len
 _PARAMETERS = (*_WRITING, "return_full_text", "stop", "stop_sequences", "details", "truncate", "stream")
 # Texts that end a request's writing: as many as text-generation-inference takes.
 MOST_STOPS = 4
+# Who may speak in a request's conversation.
+ROLES = ("system", "user", "assistant")
 
 
 class TextGeneration(Writer):
@@ -68,10 +70,10 @@ class TextGeneration(Writer):
         With targets or conversations, a feature per row, of which the tokens that are given are no targets; too long,
         it loses its start up to the last answer, then the end of that. With data.packing, several features in one.
         Rows that a request asks for carry ``settings``: a feature per row, its last data.max_length tokens, written as
-        training wrote prompts.
+        training wrote prompts; of ``messages``, as the chat template writes them.
         """
         if "settings" in rows:
-            return _prompts(rows["text"], rows["settings"], tokenizer, data)
+            return _prompts(rows, tokenizer, data)
         if "text" in rows and "target" not in rows:
             found = _blocks(_ids(rows["text"], tokenizer), tokenizer, data)
         elif chatting(data, tokenizer):
@@ -86,7 +88,10 @@ class TextGeneration(Writer):
         return apart if job.data.packing else None
 
     def parse(self, inputs: Any, parameters: Mapping[str, Any]) -> Ask:
-        """A prompt or a list of prompts, with the parameters of text-generation-inference that have a meaning here."""
+        """A prompt or a list of prompts, with the parameters of text-generation-inference that have a meaning here.
+
+        A prompt is a text, or {"messages": [{"role", "content"}, ...]}, a conversation that waits for its next turn.
+        """
         prompts = inputs if isinstance(inputs, list) else [inputs]
         if not prompts:
             raise RequestError("inputs: an empty list; needed a prompt or a list of prompts")
@@ -103,8 +108,8 @@ class TextGeneration(Writer):
             truncate=whole_number(parameters, "truncate", MOST_NEW_TOKENS),
         )
         rows = [
-            {"text": text_of(text, f"inputs[{number}]" if prompts is inputs else "inputs"), "settings": settings}
-            for number, text in enumerate(prompts)
+            _row(found, f"inputs[{number}]" if prompts is inputs else "inputs") | {"settings": settings}
+            for number, found in enumerate(prompts)
         ]
         return Ask(rows, parameters, prompts is not inputs, stream)
 
@@ -130,6 +135,25 @@ class TextGeneration(Writer):
         prompt = asked["text"] * true_or_false(ask.parameters, "return_full_text", False)
         events = Events(tokenizer, asked["settings"], prompt, len(feature), asked["settings"].logprobs)
         write_aloud(model, feature, tokenizer, lambda told: tell(events.event(told)))
+
+
+def _row(found: Any, where: str) -> dict[str, Any]:
+    """A prompt of a request; a conversation has no ``text`` of its own that could be given back."""
+    if not isinstance(found, dict):
+        return {"text": text_of(found, where)}
+    turns = found["messages"] if set(found) == {"messages"} else None
+    if not isinstance(turns, list) or not turns:
+        raise RequestError(f"{where}: found keys {sorted(map(str, found))}; needed messages, a list of turns")
+    return {"text": "", "messages": [_turn(turn, f"{where}.messages[{n}]") for n, turn in enumerate(turns)]}
+
+
+def _turn(found: Any, where: str) -> dict[str, str]:
+    if not isinstance(found, dict) or set(found) != {"role", "content"}:
+        shown = f"keys {sorted(map(str, found))}" if isinstance(found, dict) else type(found).__name__
+        raise RequestError(f"{where}: found {shown}; needed role and content")
+    if found["role"] not in ROLES:
+        raise RequestError(f"{where}.role: found {found['role']!r}; needed {', '.join(ROLES)}")
+    return {"role": found["role"], "content": text_of(found["content"], f"{where}.content")}
 
 
 def _stops(parameters: Mapping[str, Any]) -> tuple[str, ...]:
@@ -212,10 +236,14 @@ def _answered(rows: Iterable[tuple[list[int], list[bool]]], data: DataConfig) ->
     return Features({"input_ids": ids}, range(len(ids)), targets=targets, cut=cut)
 
 
-def _prompts(texts: Sequence[str], settings: Sequence[Settings], tokenizer: Any, data: DataConfig) -> Features:
+def _prompts(rows: Mapping[str, Sequence[Any]], tokenizer: Any, data: DataConfig) -> Features:
     """A feature per prompt, its last tokens if it is too long."""
+    if "messages" in rows:
+        whole = [turns_ids(turns, tokenizer) for turns in rows["messages"]]
+    else:
+        whole = prompt_ids(rows["text"], tokenizer) if chatting(data, tokenizer) else _ids(rows["text"], tokenizer)
+    settings: Sequence[Settings] = rows["settings"]
     found = []
-    whole = prompt_ids(texts, tokenizer) if chatting(data, tokenizer) else _ids(texts, tokenizer)
     for ids, asked in zip(whole, settings, strict=True):
         found.append(ids[-min(asked.truncate or data.max_length, data.max_length) :])
     return Features({"input_ids": found}, range(len(found)), settings=settings)

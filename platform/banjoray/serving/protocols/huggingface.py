@@ -1,15 +1,82 @@
 """The request and answer of Hugging Face's inference API, as `huggingface_hub.InferenceClient` sends and reads them."""
 
-import json
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
 from banjoray.errors import RequestError
+from banjoray.serving.protocols.bodies import asked, body_of, json_object
+from banjoray.serving.replica import Replica
+from banjoray.serving.streaming import EventStream, event
 from banjoray.tasks.task import Ask, Task
 
 _LOG = logging.getLogger(__name__)
+_NEEDED = '{"inputs": ..., "parameters": {...}}'
+
+# Which shapes there are depends on the task; GET / names it.
+_INPUTS = (
+    "A text, a list of texts, or objects: text and text_pair, question and context, source_sentence and sentences; "
+    "of text-generation also messages."
+)
+_BODY = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {
+        "inputs": {"description": _INPUTS, "example": "what a lovely surprise"},
+        "parameters": {"type": "object", "description": "As the task has them; an unknown one is refused by name."},
+        "stream": {"type": "boolean", "description": "text-generation: an event per token; one text, no beams."},
+    },
+}
+_ERROR = {"type": "object", "properties": {"error": {"type": "string"}}}
+_DOCUMENTED: dict[str, Any] = {
+    "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": _BODY}}}},
+    "responses": {
+        200: {
+            "description": "As Hugging Face's client reads the task; with stream: true events, an error the last.",
+            "content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}},
+        }
+    }
+    | {
+        status: {"description": text, "content": {"application/json": {"schema": _ERROR}}}
+        for status, text in {400: "Not JSON.", 404: "Another model.", 413: "Too large.", 422: "Wrong shape."}.items()
+    },
+}
+
+
+def routes(replica: Callable[[], Replica]) -> APIRouter:
+    """``POST /`` and ``POST /models/{name}``."""
+    router = APIRouter(tags=["Hugging Face"])
+
+    @router.post("/", summary="Answer rows", **_DOCUMENTED)
+    async def answer(request: Request) -> Response:
+        """Hugging Face's inference schema for the task that the model was trained for."""
+        return await _answer(replica(), request)
+
+    @router.post("/models/{name}", summary="Answer rows, by the model's name", **_DOCUMENTED)
+    async def answer_model(name: str, request: Request) -> Response:
+        """The same as ``POST /``, at the path that `huggingface_hub.InferenceClient` uses."""
+        served = replica().version.model
+        if name != served:
+            raise RequestError(f"no model '{name}' here; this endpoint serves '{served}'", 404)
+        return await _answer(replica(), request)
+
+    return router
+
+
+def refusal(message: str, status: int) -> JSONResponse:
+    """An error as Hugging Face's clients read it."""
+    return JSONResponse({"error": message}, status)
+
+
+async def _answer(replica: Replica, request: Request) -> Response:
+    ask = parse(await body_of(request, replica), replica.task, replica.limits.max_rows)
+    if ask.stream:
+        return EventStream(events(await replica.stream(ask)), replica.headers)
+    return JSONResponse((await replica.answer(ask)).body, headers=replica.headers)
 
 
 def parse(body: bytes, task: Task, max_rows: int) -> Ask:
@@ -18,27 +85,14 @@ def parse(body: bytes, task: Task, max_rows: int) -> Ask:
     Other keys count as parameters (the client sends some so: normalize, truncate), but for "options", which old clients
     send to a hosted service. Raises RequestError: 400 if it is not JSON, 413 for too many rows, 422 for another shape.
     """
-    try:
-        request = json.loads(body, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON ({error})", 400) from None
-    if not isinstance(request, dict) or "inputs" not in request:
-        found = f"keys {sorted(request)}" if isinstance(request, dict) else type(request).__name__
-        raise RequestError(f'the body holds {found}; needed {{"inputs": ..., "parameters": {{...}}}}')
+    request = json_object(body, _NEEDED)
+    if "inputs" not in request:
+        raise RequestError(f"the body holds keys {sorted(request)}; needed {_NEEDED}")
     parameters = request.get("parameters")
     if not isinstance(parameters, dict | None):
         raise RequestError(f"parameters: found {type(parameters).__name__}; needed an object")
-    inputs = request["inputs"]
-    if isinstance(inputs, list) and len(inputs) > max_rows:
-        raise RequestError(f"inputs: found {len(inputs)} rows; this endpoint takes {max_rows} in one request", 413)
     beside = {key: value for key, value in request.items() if key not in ("inputs", "parameters", "options")}
-    ask = task.parse(inputs, beside | (parameters or {}))
-    if len(ask.rows) > max_rows:
-        # Of a text and many labels, say.
-        raise RequestError(
-            f"inputs: {len(ask.rows)} rows to compute; this endpoint takes {max_rows} in one request", 413
-        )
-    return ask
+    return asked(request["inputs"], beside | (parameters or {}), task, max_rows)
 
 
 async def events(pieces: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
@@ -50,18 +104,8 @@ async def events(pieces: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, Non
     async with aclosing(pieces):
         try:
             async for piece in pieces:
-                yield _event(piece)
+                yield event(piece)
         except Exception:  # noqa: BLE001  the boundary to the client, who can be told in no other way
             _LOG.exception("a stream broke off")
             # What it was may hold texts or paths: that is for the log, as it is of an answer that is sent whole.
-            yield _event({"error": "the answer broke off; the server's log says why", "error_type": "generation"})
-
-
-def _event(found: Any) -> bytes:
-    # In ASCII: some clients take letters such as U+2028 for the end of a line, and of the event.
-    return f"data: {json.dumps(found, allow_nan=False)}\n\n".encode("ascii")
-
-
-def _no_number(constant: str) -> Any:
-    """Python's reader would take NaN and Infinity, which JSON does not have."""
-    raise ValueError(f"{constant} is no number in JSON")
+            yield event({"error": "the answer broke off; the server's log says why", "error_type": "generation"})
