@@ -150,11 +150,10 @@ class Batcher(Generic[Row, Output]):
         """The next batch, from the rows that are due first."""
         window: list[_Waiting[Row, Output]] = []
         seen = 0
-        for seen, waiting in enumerate(self._waiting, start=1):
-            if not waiting.output.done():
-                window.append(waiting)
-            if len(window) == WINDOW:
-                break
+        while seen < len(self._waiting) and len(window) < WINDOW:
+            if not self._waiting[seen].output.done():
+                window.append(self._waiting[seen])
+            seen += 1
         lengths = [len(waiting.row) for waiting in window]
         chosen = batch_of(lengths, self._cost, self._limits)
         taken = set(chosen)

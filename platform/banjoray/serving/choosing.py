@@ -54,6 +54,9 @@ class Chosen:
         return asdict(self) | {"measured_ms": dict(self.measured_ms)}
 
 
+ASKED = Chosen()
+
+
 def candidates(engine: str, precision: str, generates: bool, device: str) -> list[Kind]:
     """The kinds that fit what was asked for, on a device; raises ConfigError: none does.
 
@@ -84,12 +87,12 @@ def check_kind(engine: str, precision: str, task: str) -> None:
     """Refuse, before anything starts, what no machine has; raises ConfigError."""
     if task_for(task).generates and (engine == "onnx" or precision == "int8"):
         raise ConfigError(
-            f"args: found engine: {engine}, precision: {precision}; a task that writes texts ({task}) runs in torch alone, "
-            "which has fp32, bf16 and fp16"
+            f"args: found engine: {engine}, precision: {precision}; {task} writes texts, which runs in "
+            "torch alone; that has fp32, bf16 and fp16"
         )
     if (engine, precision) in {("torch", "int8"), ("onnx", "bf16"), ("onnx", "fp16")}:
         raise ConfigError(
-            f"args.precision: found {precision} with engine: {engine}; torch has fp32, bf16 and fp16, onnx fp32 and int8"
+            f"args.precision: found {precision} with engine: {engine}; torch has fp32, bf16, fp16, and onnx fp32, int8"
         )
 
 

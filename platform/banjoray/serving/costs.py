@@ -1,4 +1,4 @@
-"""What a forward pass costs, by its rows and the longest of them: measured at start-up, fitted, and asked by batching."""
+"""What a forward pass costs, by its rows and the longest of them: measured at start-up, fitted, asked by batching."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ ROWS, LENGTHS = (1, 2, 4, 8, 16), (8, 16, 32, 64, 128, 256, 512)
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a pass: a fixed part, and parts per row, per cell (rows x longest), and per row and longest squared."""
+    """Seconds of a pass: a fixed part, and parts per row, per cell (rows x longest), per row and longest squared."""
 
     fixed: float = 0.0
     per_row: float = 0.0

@@ -11,7 +11,7 @@ from banjoray.data.batches import padded
 from banjoray.data.tokens import Feature, Features, tokens_of
 from banjoray.models.loading import labels_of, load_trained, quiet_libraries
 from banjoray.registry import ModelVersion, Registry
-from banjoray.serving.choosing import PLAIN, Chosen, Kind, candidates, kept_choice
+from banjoray.serving.choosing import ASKED, PLAIN, Chosen, Kind, candidates, kept_choice
 from banjoray.serving.costs import FREE, Cost, measured
 from banjoray.serving.models import Models, choose
 from banjoray.serving.probe import probe_for
@@ -23,7 +23,7 @@ class Engine:
     """The model of one version on one device: answers are those of the checkpoint; ``chosen`` says what computes."""
 
     def __init__(
-        self, version: ModelVersion, task: Task, model: Any, tokenizer: Any, job: JobConfig, chosen: Chosen = Chosen()
+        self, version: ModelVersion, task: Task, model: Any, tokenizer: Any, job: JobConfig, chosen: Chosen = ASKED
     ) -> None:
         self.version = version
         self.chosen = chosen

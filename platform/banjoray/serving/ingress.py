@@ -1,7 +1,7 @@
 """The way from a socket to a replica: HAProxy where its program is there, or else Serve's own proxy.
 
-Serve reads its environment when Ray starts, in processes of Ray's. HAProxy's counters listen on two ports of their own on
-all interfaces, which Serve fixes; they tell how many requests there were, and nothing of what was in them.
+Serve reads its environment when Ray starts, in processes of Ray's. HAProxy's counters listen on two ports of their own
+on all interfaces, as Serve has it; they tell how many requests there were, and nothing of what was in them.
 """
 
 import os

@@ -118,7 +118,7 @@ def check(model: Any, made: Any, names: tuple[str, ...], outputs: tuple[str, ...
 
 
 def to_int8(source: Path, file: Path) -> None:
-    """Write a graph with the weights of its matrix products in int8; what they are multiplied with follows as it runs."""
+    """Write a graph with the weights of its matrix products in int8; what they multiply is rounded as it runs."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     # It advises, at every call, to do what is done already or does not help here.
