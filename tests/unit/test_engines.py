@@ -125,7 +125,9 @@ def test_a_probe_is_the_rows_of_validation_as_the_task_reads_them(made: tuple[Ma
     for name, stream in tokens.streams.items():
         assert np.array_equal(stream, again.streams[name])
     assert np.array_equal(tokens.targets, again.targets)
-    assert probe.added == dict(validation.added) or list(probe.added) == list(validation.added)
+    assert {key: [list(cell) for cell in cells] for key, cells in probe.added.items()} == {
+        key: [list(cell) for cell in cells] for key, cells in validation.added.items()
+    }
 
 
 def test_a_probe_finds_no_fault_with_the_checkpoint_itself_and_tells_those_of_another_model(
