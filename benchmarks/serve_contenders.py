@@ -129,9 +129,7 @@ def litserve(case: dict[str, Any], short: bool = False) -> Iterator[None]:
     api = Classifier(max_batch_size=PEER_BATCH, batch_timeout=PEER_WAIT_S, api_path="/")
     server = ls.LitServer(api, accelerator="cpu", workers_per_device=1)
     port: int = case["port"]
-    with _running(
-        lambda: server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="error"), port
-    ):
+    with _running(lambda: server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="error"), port):
         yield
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -133,7 +134,8 @@ def timed(
 def engine_cache(root: str, version: ModelVersion) -> Path:
     """Where what is made of a version is kept: beside it in a local registry, else in the home folder.
 
-    In a folder of the version's digest and of what made it, so that nothing old is ever taken for it.
+    In a folder of the version's digest and of what made it, so that nothing old is ever taken for it. Where neither can
+    be written to, in a folder that no other start finds.
     """
     name = f"{version.digest[:32]}-{_digest_of(_makers())[:8]}"
     places = [] if is_url(root) else [Path(root) / ".engines"]
@@ -145,7 +147,7 @@ def engine_cache(root: str, version: ModelVersion) -> Path:
             continue
         if os.access(folder, os.W_OK):
             return folder
-    raise ConfigError(f"registry {root}: neither it nor the home folder can be written to; set engine=torch")
+    return Path(tempfile.mkdtemp(prefix="banjoray-engines-"))
 
 
 def kept_file(file: Path, make: Callable[[Path], None]) -> Path:

@@ -85,13 +85,16 @@ def export(model: Any, tokenizer: Any, file: Path) -> None:
     if weights > LARGEST_GIB:
         raise ConfigError(f"onnx: the weights take {weights:.1f} GiB; a file of a graph holds {LARGEST_GIB:g}")
     names = tuple(name for name in INPUTS if name in tokenizer.model_input_names or name == "attention_mask")
-    example = _example(model, names, rows=2, tokens=8)
+    example = _example(model, names, rows=2, tokens=11)
     with torch.inference_mode():
         found = model(**example)
     outputs = tuple(name for name in OUTPUTS if found.get(name) is not None)
     if not outputs:
         raise ConfigError(f"onnx: the model gives {', '.join(found)}; needed one of {', '.join(OUTPUTS)}")
     axes = {name: {0: "rows", 1: "tokens"} for name in names}
+    for name in outputs:
+        # A head that reads one position has no tokens.
+        axes[name] = {0: "rows", 1: "tokens"} if found[name].shape[1] == example["input_ids"].shape[1] else {0: "rows"}
     try:
         _write(_Flat(model, names, outputs), tuple(example[name] for name in names), file, (names, outputs, axes))
         made = OnnxModel(file, model.config, torch.get_num_threads())
@@ -145,7 +148,7 @@ def _write(
     named: tuple[tuple[str, ...], tuple[str, ...], dict[str, dict[int, str]]],
 ) -> None:
     inputs, outputs, axes = named
-    with warnings.catch_warnings(), torch.inference_mode():
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             flat,
