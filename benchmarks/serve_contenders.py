@@ -21,8 +21,8 @@ import psutil  # type: ignore[import-untyped]
 
 # Rows of LitServe's batches, and how long it waits for them.
 PEER_BATCH, PEER_WAIT_S = 32, 0.005
-# Longer texts are cut, as in the quickstart's job.
-MAX_LENGTH = 64
+# Longer texts are cut.
+MAX_LENGTH = 512
 PATIENCE_S = 120.0
 
 

@@ -50,12 +50,14 @@ def measured(
     budget_s: float = 2.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
-    """The cost of ``forward``, by passes of ``row_of(tokens)``, small ones first, until the time is used up.
+    """The cost of ``forward``, by passes of ``row_of(tokens)`` until the time is used up.
 
-    No row is longer than ``longest``; every shape is tried twice and its faster pass counts.
+    The longest row there is comes first, alone, since no sum of small passes tells what it costs; then small passes
+    first. Every shape is tried twice and its faster pass counts.
     """
     lengths = [length for length in LENGTHS if length < longest] + [longest]
     shapes = sorted(((rows, length) for rows in ROWS for length in lengths), key=lambda shape: shape[0] * shape[1])
+    shapes.insert(0, (1, longest))
     forward([row_of(lengths[0])])
     samples: list[tuple[int, int, float]] = []
     until = clock() + budget_s
