@@ -137,16 +137,16 @@ def test_a_probe_finds_no_fault_with_the_checkpoint_itself_and_tells_those_of_an
     probe = found.probe()
     plain = probe.outputs(found.model)
     assert probe.disagreement(plain, plain) == ""
-    told = probe.disagreement([1.0 - 3.0 * np.roll(kept, 1, axis=-1) for kept in plain], plain)
+    told = probe.disagreement([1.0 - 3.0 * kept for kept in plain], plain)
     assert "answers are those of fp32, needed 99.5%" in told
     probe.pass_over(found.model)
 
 
 def test_a_metric_that_is_worse_is_told_though_labels_agree(tmp_path: Path) -> None:
-    found = Made(tmp_path, make_job(tmp_path, train__metric="loss", registry__gate__metric="loss"))
+    found = Made(tmp_path, make_job(tmp_path, train__metric="loss", train__mode="min"))
     probe = found.probe()
     plain = probe.outputs(found.model)
-    told = probe.disagreement([20 * kept for kept in plain], plain)
+    told = probe.disagreement([1000 * kept for kept in plain], plain)
     assert told.startswith("loss is ")
     assert "needed a difference of at most" in told
 
@@ -228,8 +228,9 @@ def test_what_is_asked_for_answers(shelved: tuple[JobConfig, str], kind: Kind) -
     assert (found.chosen.engine, found.chosen.precision, found.chosen.why) == (kind.engine, kind.precision, "asked for")
     answers = ask(found, {"inputs": TEXTS})
     wanted = ask(load(reference, job.registry.root), {"inputs": TEXTS})
-    same = [one[0]["label"] == other[0]["label"] for one, other in zip(answers, wanted, strict=True)]
-    assert sum(same) >= len(TEXTS) - 1
+    for one, other in zip(answers, wanted, strict=True):
+        expected = {entry["label"]: entry["score"] for entry in other}
+        assert {entry["label"]: entry["score"] for entry in one} == pytest.approx(expected, abs=0.15)
     assert numbers(answers) != numbers(wanted)
 
 

@@ -17,7 +17,7 @@ from banjoray.errors import ConfigError
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # What tasks read of a model's outputs.
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
-PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+PACKAGES = ("onnx", "onnxruntime")
 # A file holds no more.
 LARGEST_GIB = 1.9
 # Outputs of the graph and of the model, on rows that the export did not see, differ by no more.
@@ -96,7 +96,10 @@ def export(model: Any, tokenizer: Any, file: Path) -> None:
         # A head that reads one position has no tokens.
         axes[name] = {0: "rows", 1: "tokens"} if found[name].shape[1] == example["input_ids"].shape[1] else {0: "rows"}
     try:
-        _write(_Flat(model, names, outputs), tuple(example[name] for name in names), file, (names, outputs, axes))
+        # In evaluation mode itself: the exporter puts back, in all of it, what it found here.
+        _write(
+            _Flat(model, names, outputs).eval(), tuple(example[name] for name in names), file, (names, outputs, axes)
+        )
         made = OnnxModel(file, model.config, torch.get_num_threads())
     except Exception as error:  # noqa: BLE001  the exporter and the runtime raise whatever a model's code makes them raise
         told = str(error).strip().splitlines() or [""]
