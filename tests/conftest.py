@@ -12,6 +12,7 @@ import pytest
 
 from banjoray.config.job import JobConfig
 from banjoray.config.section import validate
+from banjoray.serving import ingress
 from factories import make_job, tiny_model
 
 CPUS = 4
@@ -54,14 +55,16 @@ def local_ray() -> Iterator[None]:
         # In the test process too, where DeepSpeed and the tokenizers read theirs.
         for name, value in environment.items():
             patch.setenv(name, value)
-        ray.init(
-            address="local",
-            num_cpus=CPUS,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": environment},
-        )
+        # As `banjoray serve` starts it, so that what tests ask goes through HAProxy where its program is there.
+        with ingress.environment({} if ingress.haproxy() else ingress.fast_path()):
+            ray.init(
+                address="local",
+                num_cpus=CPUS,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": environment},
+            )
         yield
         ray.shutdown()
 

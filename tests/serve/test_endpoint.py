@@ -277,6 +277,7 @@ def test_root_tells_what_is_served(client: httpx.Client, shelf: Shelf) -> None:
         "labels": list(version.labels),
         "metrics": dict(version.metrics),
         "lineage": dict(version.lineage),
+        "engine": {"engine": "torch", "precision": "fp32", "why": "asked for", "measured_ms": {}},
     }
 
 
@@ -340,6 +341,8 @@ def test_port_in_use_is_refused_before_anything_starts(shelf: Shelf) -> None:
         ({"model": "tiny@staging"}, RegistryError, r"no alias 'staging'"),
         ({"modle": "tiny"}, ConfigError, r"unknown key 'modle'; did you mean 'model'\?"),
         ({"max_rows": 0}, ConfigError, r"max_rows: found 0"),
+        ({"engine": "tensorflow"}, ConfigError, r"engine: found 'tensorflow'"),
+        ({"engine": "onnx", "precision": "bf16"}, ConfigError, r"precision: found bf16 with engine: onnx"),
         ({"max_batch_tokens": "many"}, ConfigError, r"max_batch_tokens: found 'many'"),
     ],
 )

@@ -37,6 +37,7 @@ def test_endpoint_closes_its_port_and_leaves_no_process_behind(
             assert httpx.post(url, json={"inputs": "what a day"}, timeout=60).status_code == 200
             started = psutil.Process(server.pid).children(recursive=True)
             assert any("raylet" in process.name() for process in started)
+            assert any("haproxy" in process.name() for process in started)
             assert any("ServeReplica" in " ".join(process.cmdline()) for process in started)
             server.stdin.write("\n")
             server.stdin.flush()

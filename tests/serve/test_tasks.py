@@ -76,7 +76,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
                 "name": task,
                 "route_prefix": f"/{task}",
                 "import_path": "banjoray.serving.app:build",
-                "args": {"model": f"{task}@production", "registry": root},
+                "args": {
+                    "model": f"{task}@production",
+                    "registry": root,
+                    "engine": "torch",
+                    "precision": "fp32",
+                },
                 "deployments": [{"name": "Endpoint", "ray_actor_options": {"num_cpus": 0.1}}],
             }
         )

@@ -31,7 +31,8 @@ class Shelf:
 
     def config(self, name: str = "serve.yaml", **changes: Any) -> Path:
         """A serve config for ``tiny@production``; ``changes`` replace keys of the application's args."""
-        args = {"model": "tiny@production", "registry": self.registry.root} | changes
+        exact = {"engine": "torch", "precision": "fp32"}
+        args = {"model": "tiny@production", "registry": self.registry.root} | exact | changes
         application = {
             "name": "tiny",
             "route_prefix": "/",

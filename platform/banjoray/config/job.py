@@ -98,6 +98,9 @@ class RegistryConfig(Section):
         None, pattern=NAME, description="Name of the model in the registry; null: the job's name."
     )
     gate: GateConfig = Field(default_factory=GateConfig, description="What the model has to reach.")
+    probe_rows: int = Field(
+        256, ge=0, description="Validation rows kept in the version, to compare faster engines by; 0: it stays fp32."
+    )
 
 
 class HubConfig(Section):

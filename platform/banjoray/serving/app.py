@@ -1,10 +1,9 @@
 """HTTP answers from a registered version: one Ray Serve deployment, ingress and model in the same replica."""
 
 import logging
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from banjoray.config.section import validate
 from banjoray.config.serve import ServeConfig
 from banjoray.errors import ClusterError, ConfigError
 from banjoray.registry import Registry
-from banjoray.serving import routes
+from banjoray.serving import ingress, routes
+from banjoray.serving.choosing import check_kind
 from banjoray.serving.engine import load
 from banjoray.serving.replica import Replica
 from banjoray.training.signals import kept_sigterm
@@ -40,7 +40,8 @@ class Endpoint:
     """One replica of one version."""
 
     def __init__(self, config: ServeConfig, version: str) -> None:
-        self.replica = Replica(load(version, config.registry), config)
+        engine = load(version, config.registry, config.engine, config.precision)
+        self.replica = Replica(engine, config)
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
@@ -59,8 +60,9 @@ def build(args: Mapping[str, Any]) -> serve.Application:
 def serving(file: str | Path, port: int | None, say: Callable[[str], None]) -> Iterator[str]:
     """A serve config's applications on this machine while the block runs; the address they answer at.
 
-    Listens on 127.0.0.1 unless the file names a host. Starts a Ray of its own and stops it at the end.
-    Raises ConfigError: a wrong file, a port in use; ClusterError: an application that does not come up.
+    Listens on 127.0.0.1 unless the file names a host. Starts a Ray of its own, with HAProxy before the replicas where
+    its program is there, and stops all of it at the end. Raises ConfigError: a wrong file, a port in use; ClusterError:
+    an application that does not come up, a port that is not given back.
     """
     config = read_config(file, port)
     host, number = config.http_options.host, config.http_options.port
@@ -70,7 +72,10 @@ def serving(file: str | Path, port: int | None, say: Callable[[str], None]) -> I
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started = not ray.is_initialized()
     if started:
-        with kept_sigterm():
+        slow = ingress.haproxy()
+        if slow:
+            say(f"without HAProxy ({slow}), Serve's own proxy answers a fraction of the requests per second")
+        with kept_sigterm(), nullcontext() if slow else ingress.environment(ingress.fast_path()):
             ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         # What `serve run FILE` does: the config goes to Serve's controller as it is.
@@ -80,9 +85,11 @@ def serving(file: str | Path, port: int | None, say: Callable[[str], None]) -> I
         _wait_until_running([application.name for application in config.applications])
         yield f"http://{host}:{number}"
     finally:
+        # Before Ray: HAProxy is a process that Ray does not know of, and Serve alone ends it.
         serve.shutdown()
         if started:
             ray.shutdown()
+    _wait_until_free(host, number)
 
 
 def read_config(file: str | Path, port: int | None) -> ServeDeploySchema:
@@ -98,7 +105,8 @@ def read_config(file: str | Path, port: int | None) -> ServeDeploySchema:
             continue
         args = validate(ServeConfig, application.get("args") or {}, f"{file}: args")
         registry = args.registry if is_url(args.registry) else str(Path(args.registry).expanduser().absolute())
-        Registry(registry).resolve(args.model)
+        version = Registry(registry).resolve(args.model)
+        check_kind(args.engine, args.precision, version.task)
         application["args"] = args.model_dump() | {"registry": registry}
     try:
         return ServeDeploySchema.model_validate(tree | {"http_options": http})
@@ -108,14 +116,16 @@ def read_config(file: str | Path, port: int | None) -> ServeDeploySchema:
 
 
 def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"{host}:{port} can't be used ({error.strerror}); stop what listens there, or give --port"
-            ) from None
+    if why := ingress.taken(host, port):
+        raise ConfigError(f"{host}:{port} can't be used ({why}); stop what listens there, or give --port")
+
+
+def _wait_until_free(host: str, port: int, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while why := ingress.taken(host, port):
+        if time.monotonic() > deadline:
+            raise ClusterError(f"{host}:{port} is still in use ({why}) {timeout_s:g} s after Serve was shut down")
+        time.sleep(0.1)
 
 
 def _wait_until_running(names: list[str], timeout_s: float = 300.0) -> None:

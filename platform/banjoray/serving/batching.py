@@ -1,18 +1,42 @@
 """Rows of many requests in one forward pass. Plain asyncio: no Ray, no HTTP.
 
-While one pass runs, rows queue up; the next pass takes the row that has waited longest and the rows nearest to it in
-length, as long as rows x longest stays within a budget. With nobody else waiting, a row starts at once.
+While one pass runs, rows queue up; the next pass takes the row that is due first and the rows nearest to it in length,
+as long as rows x longest and the predicted time of the pass stay within their budgets, and padding costs less than the
+pass that it saves. With nobody else waiting, a row starts at once.
+
+A row is due when it has come plus a few times what it costs alone, in predicted seconds of passes made: short rows pass
+a long one, but only for so long. Where passes have no cost, that is the order in which rows come.
 
 A stream has the thread to itself from its first piece to its last: rows and other streams wait for its end, as they do
 for that of a pass. It begins when the pass that runs has ended, after streams that were asked for before it.
 """
 
 import asyncio
+import math
 import threading
+from bisect import insort
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
+
+from banjoray.serving.costs import FREE
+
+# How many times its own cost a row can be passed by rows that came later.
+PATIENCE = 4.0
+# Of a pass that the fixed part is most of, so many are worth as much as one that is in time.
+FIXED_PARTS = 4.0
+# Rows that are looked at for a batch, those that are due first.
+WINDOW = 512
+
+
+class Costs(Protocol):
+    """What a pass costs."""
+
+    def __call__(self, rows: int, longest: int) -> float:
+        """Seconds of a pass over ``rows`` rows that are padded to ``longest`` tokens."""
+        ...
 
 
 class Sized(Protocol):
@@ -34,18 +58,29 @@ class _Left(Exception):
 class _Waiting(Generic[Row, Output]):
     row: Row
     output: "asyncio.Future[Output]" = field(repr=False)
+    due: float = 0.0
 
 
 class Batcher(Generic[Row, Output]):
     """Turns single rows into batches for ``forward``, which runs in one thread beside the event loop.
 
-    ``max_tokens`` bounds rows x longest of a batch; a longer row goes alone.
+    ``max_tokens`` bounds rows x longest of a batch, and ``target_s`` the seconds that ``cost`` predicts for it; a row
+    that is above them by itself goes alone.
     """
 
-    def __init__(self, forward: Callable[[Sequence[Row]], Sequence[Output]], max_tokens: int) -> None:
+    def __init__(
+        self,
+        forward: Callable[[Sequence[Row]], Sequence[Output]],
+        max_tokens: int,
+        cost: Costs = FREE,
+        target_s: float = math.inf,
+    ) -> None:
         self._forward = forward
-        self._max_tokens = max_tokens
+        self._limits = Limits(max_tokens, target_s)
+        self._cost = cost
+        # By when they are due; the predicted seconds of all passes made so far are the clock.
         self._waiting: list[_Waiting[Row, Output]] = []
+        self._spent = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="banjoray-forward")
         self._worker: asyncio.Task[None] | None = None
 
@@ -55,8 +90,12 @@ class Batcher(Generic[Row, Output]):
         Raises what ``forward`` raised for the batch of a row. Rows of a cancelled call are not computed.
         """
         loop = asyncio.get_running_loop()
-        mine = [_Waiting[Row, Output](row, loop.create_future()) for row in rows]
-        self._waiting.extend(mine)
+        mine = [
+            _Waiting[Row, Output](row, loop.create_future(), self._spent + PATIENCE * self._cost(1, len(row)))
+            for row in rows
+        ]
+        for waiting in mine:
+            insort(self._waiting, waiting, key=attrgetter("due"))
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._drain())
         return list(await asyncio.gather(*(waiting.output for waiting in mine)))
@@ -108,21 +147,54 @@ class Batcher(Generic[Row, Output]):
                     waiting.output.set_result(output)
 
     def _take(self) -> list[_Waiting[Row, Output]]:
-        """The next batch: the oldest row, then its neighbours in length, shorter ones first."""
-        self._waiting = [waiting for waiting in self._waiting if not waiting.output.done()]
-        if not self._waiting:
-            return []
-        oldest = self._waiting[0]
-        longest = len(oldest.row)
-        others = self._waiting[1:]
-        shorter = sorted((w for w in others if len(w.row) <= longest), key=lambda w: -len(w.row))
-        longer = sorted((w for w in others if len(w.row) > longest), key=lambda w: len(w.row))
-        batch = [oldest]
-        for waiting in shorter + longer:
-            longest = max(longest, len(waiting.row))
-            if (len(batch) + 1) * longest > self._max_tokens:
+        """The next batch, from the rows that are due first."""
+        window: list[_Waiting[Row, Output]] = []
+        seen = 0
+        while seen < len(self._waiting) and len(window) < WINDOW:
+            if not self._waiting[seen].output.done():
+                window.append(self._waiting[seen])
+            seen += 1
+        lengths = [len(waiting.row) for waiting in window]
+        chosen = batch_of(lengths, self._cost, self._limits)
+        taken = set(chosen)
+        self._waiting[:seen] = [waiting for number, waiting in enumerate(window) if number not in taken]
+        if chosen:
+            self._spent += self._cost(len(chosen), max(lengths[number] for number in chosen))
+        return [window[number] for number in chosen]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a batch of several rows stays within: rows x longest, and predicted seconds."""
+
+    max_tokens: int
+    target_s: float = math.inf
+
+
+def batch_of(lengths: Sequence[int], cost: Costs, limits: Limits) -> list[int]:
+    """Which rows make the next batch: the first, then its neighbours in length, shorter ones first.
+
+    Padding a row to the longest of the batch is work for nothing. Rows join as long as all of that costs no more than
+    the fixed part of another pass, which they would need by themselves.
+    """
+    if not lengths:
+        return []
+    fixed = cost(0, 0)
+    most = max(limits.target_s, FIXED_PARTS * fixed)
+    first = lengths[0]
+    others = range(1, len(lengths))
+    shorter = sorted((row for row in others if lengths[row] <= first), key=lambda row: -lengths[row])
+    longer = sorted((row for row in others if lengths[row] > first), key=lambda row: lengths[row])
+    batch, longest, useful = [0], first, cost(1, first) - fixed
+    for group in (shorter, longer):
+        for row in group:
+            rows, width = len(batch) + 1, max(longest, lengths[row])
+            own = cost(1, lengths[row]) - fixed
+            whole = cost(rows, width)
+            wasted = whole - fixed - useful - own
+            # What rounding leaves of nothing is nothing.
+            if rows * width > limits.max_tokens or whole > most or wasted > fixed + 1e-9 * whole:
                 break
-            batch.append(waiting)
-        taken = set(map(id, batch))
-        self._waiting = [waiting for waiting in self._waiting if id(waiting) not in taken]
-        return batch
+            batch.append(row)
+            longest, useful = width, useful + own
+    return batch

@@ -11,15 +11,22 @@ from banjoray.data.batches import padded
 from banjoray.data.tokens import Feature, Features, tokens_of
 from banjoray.models.loading import labels_of, load_trained, quiet_libraries
 from banjoray.registry import ModelVersion, Registry
+from banjoray.serving.choosing import ASKED, PLAIN, Chosen, Kind, candidates, kept_choice
+from banjoray.serving.costs import FREE, Cost, measured
+from banjoray.serving.models import Models, choose
+from banjoray.serving.probe import probe_for
 from banjoray.tasks.task import Ask, Seen, Task, task_for
 from banjoray.training.scoring import EVALUATION_TOKENS, to_tensors
 
 
 class Engine:
-    """The model of one version on one device, in fp32: answers are those of the checkpoint."""
+    """The model of one version on one device: answers are those of the checkpoint; ``chosen`` says what computes."""
 
-    def __init__(self, version: ModelVersion, task: Task, model: Any, tokenizer: Any, job: JobConfig) -> None:
+    def __init__(
+        self, version: ModelVersion, task: Task, model: Any, tokenizer: Any, job: JobConfig, chosen: Chosen = ASKED
+    ) -> None:
         self.version = version
+        self.chosen = chosen
         self.task = task
         self.labels = labels_of(model) if task.labelled else ()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,6 +43,13 @@ class Engine:
     def pass_tokens(self) -> int:
         """Rows x longest of a pass, where many rows wait."""
         return EVALUATION_TOKENS[self._device.type]
+
+    def cost(self) -> Cost:
+        """What `forward` costs by rows and tokens, measured now; `FREE` where the model writes texts."""
+        if self.task.generates:
+            return FREE
+        pad = self._tokenizer.pad_token_id
+        return measured(self.forward, lambda tokens: Feature({"input_ids": [pad] * tokens}), self._data.max_length)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Feature]]:
         """The features of every row, cut where training cut them."""
@@ -75,10 +89,11 @@ class Engine:
         return self.task.answer(ask, seen, self.labels, self.tokenizer)
 
 
-def load(reference: str, registry: str) -> Engine:
+def load(reference: str, registry: str, engine: str = PLAIN.engine, precision: str = PLAIN.precision) -> Engine:
     """The engine of ``name@version`` or ``name@alias``; the first pass is made here, so that no request waits for it.
 
-    Raises RegistryError, and BrokenVersion if a file differs from its manifest.
+    ``engine`` and ``precision`` as in a serve config; what auto comes to is kept beside the version for the next start.
+    Raises RegistryError, BrokenVersion if a file differs from its manifest, ConfigError: an engine that can't be had.
     """
     quiet_libraries()
     store = Registry(registry)
@@ -87,6 +102,16 @@ def load(reference: str, registry: str) -> Engine:
     job = load_job(folder / "job.yaml")
     task = task_for(version.task).settled(job)
     model, tokenizer = load_trained(folder, task)
-    engine = Engine(version, task.for_config(model.config).for_tokenizer(tokenizer), model, tokenizer, job)
-    engine.forward([task.probe(tokenizer)])
-    return engine
+    task = task.for_config(model.config).for_tokenizer(tokenizer)
+    models = Models(version, registry, model, tokenizer)
+    kinds = candidates(engine, precision, task.generates, models.device.type)
+    if len(kinds) == 1:
+        auto = engine == precision == "auto"
+        why = "texts that a model writes have no labels to compare faster engines by" if auto else "asked for"
+        chosen = Chosen(kinds[0].engine, kinds[0].precision, why)
+    else:
+        probe = probe_for(folder, task, tokenizer, model.config, job)
+        chosen = kept_choice(models.cache, [engine, precision], lambda: choose(models, kinds, probe))
+    found = Engine(version, task, models.of(Kind(chosen.engine, chosen.precision)), tokenizer, job, chosen)
+    found.forward([task.probe(tokenizer)])
+    return found

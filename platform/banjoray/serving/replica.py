@@ -1,6 +1,5 @@
 """One loaded version that answers what requests ask, whatever protocol they came by. Knows nothing of Ray or HTTP."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,8 @@ from banjoray.config.serve import ServeConfig
 from banjoray.data.tokens import Feature
 from banjoray.registry import ModelVersion
 from banjoray.serving.batching import Batcher
+from banjoray.serving.choosing import Chosen
+from banjoray.serving.encoding import encoded
 from banjoray.serving.engine import Engine
 from banjoray.tasks.task import Ask, Task
 
@@ -35,13 +36,20 @@ class Replica:
     def __init__(self, engine: Engine, limits: ServeConfig) -> None:
         self._engine = engine
         self.limits = limits
-        self._batcher: Batcher[Feature, np.ndarray] = Batcher(engine.forward, limits.max_batch_tokens)
+        self._batcher: Batcher[Feature, np.ndarray] = Batcher(
+            engine.forward, limits.max_batch_tokens, engine.cost(), limits.latency_target_ms / 1000
+        )
         self.headers = {"x-model-version": str(engine.version), "x-run-id": str(engine.version.lineage["run"])}
 
     @property
     def version(self) -> ModelVersion:
         """What answers."""
         return self._engine.version
+
+    @property
+    def chosen(self) -> Chosen:
+        """Which engine computes, and why."""
+        return self._engine.chosen
 
     @property
     def task(self) -> Task:
@@ -65,11 +73,11 @@ class Replica:
 
     async def answer(self, ask: Ask) -> Answered:
         """The whole answer; raises RequestError: rows or parameters that can't be answered."""
-        rows = await asyncio.to_thread(self._engine.encode, ask.rows)
+        rows = await encoded(self._engine, ask.rows)
         outputs = await self._batcher.outputs([feature for row in rows for feature in row])
         return Answered(self._engine.answer(ask, rows, outputs), rows, outputs)
 
     async def stream(self, ask: Ask) -> AsyncGenerator[Any, None]:
         """The pieces of the answer, as the task tells them; raises RequestError before the first of them."""
-        rows = await asyncio.to_thread(self._engine.encode, ask.rows)
+        rows = await encoded(self._engine, ask.rows)
         return self._batcher.stream(self._engine.streamed(ask, rows))

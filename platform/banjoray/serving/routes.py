@@ -70,7 +70,7 @@ def _about(replica: Callable[[], Replica]) -> APIRouter:
 
     @router.get("/", summary="What answers here")
     async def about() -> Response:
-        """The model's name, version, task and labels, and the run it came from."""
+        """The model's name, version, task and labels, the run it came from, and which engine answers and why."""
         found = replica()
         version = found.version
         told = {
@@ -80,6 +80,7 @@ def _about(replica: Callable[[], Replica]) -> APIRouter:
             "labels": version.labels,
             "metrics": dict(version.metrics),
             "lineage": dict(version.lineage),
+            "engine": found.chosen.to_json(),
         }
         return JSONResponse(told, headers=found.headers)
 

@@ -33,6 +33,8 @@ _PARAMETERS = ("normalize", *_CUTTING, "prompt_name", "dimensions", "encoding_fo
 _COMPARED = "compared"
 # A length below which a vector counts as having none; torch.nn.functional.normalize's.
 _SHORTEST = 1e-12
+# Vectors whose cosine is at least this are the same.
+_NEAR = 0.999
 
 
 class Embeddings(Task):
@@ -120,6 +122,10 @@ class Embeddings(Task):
     def score(self, outputs: Sequence[np.ndarray], tokens: Tokens, rows: Split, labels: Sequence[str]) -> Score:
         """How high each first text ranks its own among the split's second texts, by cosine: see `rank_pairs`."""
         return Score(rank_pairs(unit(np.stack(list(outputs))), identities(tokens), self._settings.scale))
+
+    def same(self, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Of every vector, whether the cosine of the two is at least 0.999."""
+        return np.atleast_1d((unit(found) * unit(wanted)).sum(-1) >= _NEAR)
 
     def parse(self, inputs: Any, parameters: Mapping[str, Any]) -> Ask:
         """A row per text; raises RequestError for other shapes and parameters.

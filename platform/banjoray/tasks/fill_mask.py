@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # exp of more is no number any more.
 _LARGEST = 700.0
+# Losses of a hidden token that differ by no more nats are the same.
+_NEAR = 0.02
 
 
 class FillMask(Task):
@@ -129,6 +131,10 @@ class FillMask(Task):
             raise DataError(f"data: no text of split '{rows.name}' has a token that can be hidden")
         loss = nats / hidden
         return Score({"perplexity": float(np.exp(min(loss, _LARGEST))), "loss": loss, "accuracy": right / hidden})
+
+    def same(self, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Whether the mean loss of a feature's hidden tokens differs by less than 0.02 nats; of what a score keeps."""
+        return np.abs(found[:1] - wanted[:1]) <= _NEAR * np.maximum(1, wanted[1:2])
 
     def parse(self, inputs: Any, parameters: Mapping[str, Any]) -> Ask:
         """Rows of {"text"}; whether they hold a mask is seen by `answer`, which knows how the model writes it."""

@@ -63,6 +63,11 @@ class MultiLabel(TextClassification):
         """Metrics and a table per label, by the model's thresholds; without any, by those best for these rows."""
         return many_labels(np.stack(list(outputs)), np.asarray(tokens.targets), labels, self._thresholds)
 
+    def same(self, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Of every label, whether both say that the row has it, or both that it has not."""
+        thresholds = USUAL_THRESHOLD if self._thresholds is None else self._thresholds
+        return np.asarray((sigmoid(found) >= thresholds) == (sigmoid(wanted) >= thresholds))
+
     def entries(self, logits: np.ndarray, labels: Sequence[str], function: Any) -> list[dict[str, Any]]:
         """[{"label", "score", "predicted"}]: every label, and whether its sigmoid score reaches its threshold."""
         thresholds = np.full(len(labels), USUAL_THRESHOLD) if self._thresholds is None else self._thresholds

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # What transformers calls an output that has no name.
 NAME = "LABEL_0"
+# Numbers that differ by no more are the same: a share of the number, at least as if it were 1.
+NEAR = 0.01
 
 
 class Regression(TextClassification):
@@ -53,6 +55,10 @@ class Regression(TextClassification):
     def score(self, outputs: Sequence[np.ndarray], tokens: Tokens, rows: Split, labels: Sequence[str]) -> Score:
         """How near the logits, (1,) each, are to the number of each row."""
         return numbers(np.stack(list(outputs))[:, 0], np.asarray(tokens.targets))
+
+    def same(self, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Whether the numbers differ by less than a hundredth."""
+        return np.abs(found - wanted) <= NEAR * np.maximum(1, np.abs(wanted))
 
     def entries(self, logits: np.ndarray, labels: Sequence[str], function: Any) -> list[dict[str, Any]]:
         """[{"label": "LABEL_0", "score"}]: the number is the score, and no label has a name, as in transformers."""

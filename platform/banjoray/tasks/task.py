@@ -164,6 +164,13 @@ class Task(Protocol):
         """The score of what was kept of every feature of a split, in their order."""
         ...
 
+    def same(self, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Whether what two engines kept of one feature's outputs says the same, a bool for everything that it says.
+
+        Here: whether the same entry of the last axis is the highest.
+        """
+        return np.atleast_1d(found.argmax(-1) == wanted.argmax(-1))
+
     def generate(self, model: Any, features: Sequence[Feature], tokenizer: Any) -> list[np.ndarray]:
         """What the model writes for each feature, as token ids; each as its settings say, whatever it stands beside."""
         raise TypeError(f"{self.name} writes no text")

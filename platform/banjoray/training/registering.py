@@ -6,6 +6,7 @@ from pathlib import Path
 
 from banjoray.config.job import JobConfig
 from banjoray.config.metrics import MINIMISED
+from banjoray.data.probe import write_probe
 from banjoray.errors import BrokenVersion, GateRefused
 from banjoray.registry import ModelVersion, Registry
 from banjoray.tasks.task import Score
@@ -28,7 +29,8 @@ def gate_and_register(
 ) -> ModelVersion:
     """A registered version of a run's best model, whose Hugging Face folder is ``folder``.
 
-    ``score`` loads a folder afresh and scores it on the validation rows. Raises GateRefused, BrokenVersion.
+    ``score`` loads a folder afresh and scores it on the validation rows. The version has registry.probe_rows of these
+    beside its weights, but for a task that writes texts. Raises GateRefused, BrokenVersion.
     """
     gate, measured = job.registry.gate, result.checkpoint.metrics
     found, most = measured[gate.metric], gate.at_most
@@ -41,6 +43,9 @@ def gate_and_register(
             f"registry.gate: {gate.metric} is {found:.4f}, needed {needed}; not registered. "
             f"The model stays in {folder}."
         )
+
+    if not ready.task.generates:
+        write_probe(ready.splits.validation, job.registry.probe_rows, folder)
 
     def verify(staged: Path) -> dict[str, float]:
         scored = score(staged)

