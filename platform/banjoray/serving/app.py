@@ -1,6 +1,5 @@
 """HTTP answers from a registered version: one Ray Serve deployment, ingress and model in the same replica."""
 
-import asyncio
 import logging
 import socket
 import time
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 from starlette.exceptions import HTTPException
@@ -25,8 +24,11 @@ from banjoray.errors import ClusterError, ConfigError, RequestError
 from banjoray.registry import Registry
 from banjoray.serving.batching import Batcher
 from banjoray.serving.engine import load
+from banjoray.serving.limits import Bounded, Entry, Queue
 from banjoray.serving.protocols import huggingface
+from banjoray.serving.security import NONE, Keyed, Keys, settled_keys
 from banjoray.serving.streaming import EventStream
+from banjoray.serving.telemetry import Observed, Telemetry
 from banjoray.training.signals import kept_sigterm
 from ray import serve
 
@@ -61,9 +63,20 @@ _DOCUMENTED: dict[str, Any] = {
 }
 
 
+def _replica() -> Any:
+    """The endpoint of this process."""
+    return serve.get_replica_context().servable_object
+
+
+# The last one added is the outermost.
+api.add_middleware(Bounded, timeout_s=lambda: float(_replica().timeout_s))
+api.add_middleware(Keyed, keys=lambda: _replica().keys)
+api.add_middleware(Observed, telemetry=lambda: _replica().telemetry)
+
+
 @api.exception_handler(RequestError)
 async def _refuse(_: Request, error: RequestError) -> JSONResponse:
-    return JSONResponse({"error": error.message}, error.status)
+    return JSONResponse({"error": error.message}, error.status, error.headers)
 
 
 @api.exception_handler(HTTPException)
@@ -94,9 +107,20 @@ class Endpoint:
     def __init__(self, config: ServeConfig, version: str) -> None:
         self._config = config
         self._engine = load(version, config.registry)
-        self._batcher: Batcher[Feature, np.ndarray] = Batcher(self._forward, config.max_batch_tokens)
+        self.timeout_s = config.timeout_s
+        self.keys = None if config.api_keys in (None, NONE) else Keys(config.api_keys)
+        self.telemetry = Telemetry(config, serve.get_replica_context().replica_id.unique_id, self._told)
+        self._queue: Queue[Feature, np.ndarray] = Queue(config, self.telemetry)
+        self._batcher: Batcher[Entry[Feature], np.ndarray] = Batcher(
+            self._queue.timed(self._forward), config.max_batch_tokens
+        )
         registered = self._engine.version
         self._headers = {"x-model-version": str(registered), "x-run-id": str(registered.lineage["run"])}
+
+    def _told(self) -> dict[str, str]:
+        """What answers now, for metrics and the log."""
+        version = self._engine.version
+        return {"model": version.model, "version": str(version), "run": str(version.lineage["run"])}
 
     def _forward(self, rows: Any) -> list[np.ndarray]:
         return self._engine.forward(rows)
@@ -107,10 +131,11 @@ class Endpoint:
         engine = self._engine
         body = await _body(request, int(self._config.max_body_mib * 2**20))
         ask = huggingface.parse(body, engine.task, self._config.max_rows)
-        rows = await asyncio.to_thread(engine.encode, ask.rows)
+        rows = await self._queue.encoded(engine.encode, ask.rows)
         if ask.stream:
-            return EventStream(huggingface.events(self._batcher.stream(engine.streamed(ask, rows))), self._headers)
-        outputs = await self._batcher.outputs([feature for row in rows for feature in row])
+            pieces = self._queue.stream(self._batcher.stream(engine.streamed(ask, rows)))
+            return EventStream(huggingface.events(pieces), self._headers)
+        outputs = await self._queue.outputs(self._batcher, [feature for row in rows for feature in row])
         return JSONResponse(engine.answer(ask, rows, outputs), headers=self._headers)
 
     @api.post("/models/{name}", summary="Answer rows, by the model's name", **_DOCUMENTED)
@@ -125,6 +150,11 @@ class Endpoint:
     async def healthz(self) -> dict[str, str]:
         """Answers once the model is loaded and has made its first pass."""
         return {"status": "ok"}
+
+    @api.get("/metrics", summary="Metrics of this replica", response_class=PlainTextResponse)
+    async def metrics(self) -> Response:
+        """Prometheus' text format; every series names the replica that answered."""
+        return PlainTextResponse(self.telemetry.exposition())
 
     @api.get("/", summary="What answers here")
     async def about(self) -> Response:
@@ -145,9 +175,11 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     """The application of a serve config's ``args``; Serve calls it.
 
     An alias is resolved here, once, so that replicas that start later serve the same version.
+    Which host the cluster listens on is not known here, so ``api_keys`` has to be said.
     Raises ConfigError, RegistryError.
     """
     config = validate(ServeConfig, args, "args")
+    settled_keys(config.api_keys, "this cluster", "args")
     version = Registry(config.registry).resolve(config.model)
     application: serve.Application = Endpoint.bind(config, str(version))  # type: ignore[attr-defined]
     return application
@@ -197,7 +229,8 @@ def read_config(file: str | Path, port: int | None) -> ServeDeploySchema:
         args = validate(ServeConfig, application.get("args") or {}, f"{file}: args")
         registry = args.registry if is_url(args.registry) else str(Path(args.registry).expanduser().absolute())
         Registry(registry).resolve(args.model)
-        application["args"] = args.model_dump() | {"registry": registry}
+        keys = settled_keys(args.api_keys, str(http["host"]), f"{file}: args")
+        application["args"] = args.model_dump() | {"registry": registry, "api_keys": keys}
     try:
         return ServeDeploySchema.model_validate(tree | {"http_options": http})
     except ValidationError as error:
