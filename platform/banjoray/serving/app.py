@@ -1,5 +1,6 @@
 """HTTP answers from a registered version: one Ray Serve deployment, ingress and model in the same replica."""
 
+import asyncio
 import logging
 import socket
 import time
@@ -140,7 +141,7 @@ class Endpoint:
         engine = self._engine
         body = await _body(request, int(self._config.max_body_mib * 2**20))
         ask = huggingface.parse(body, engine.task, self._config.max_rows)
-        rows = await self._queue.encoded(engine.encode, ask.rows)
+        rows = await self._queue.encoded(lambda rows: asyncio.to_thread(engine.encode, rows), ask.rows)
         if ask.stream:
             pieces = self._queue.stream(self._batcher.stream(engine.streamed(ask, rows)))
             return EventStream(huggingface.events(pieces), self._headers)

@@ -7,7 +7,7 @@ if its body never came) for one that took too long. Whoever is cancelled leaves 
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Generic, TypeVar
 
@@ -71,9 +71,9 @@ class Queue(Generic[Row, Output]):
         return inner
 
     async def encoded(
-        self, encode: Callable[[Sequence[Asked]], list[list[Row]]], rows: Sequence[Asked]
+        self, encode: Callable[[Sequence[Asked]], Awaitable[list[list[Row]]]], rows: Sequence[Asked]
     ) -> list[list[Row]]:
-        """The features of a request's rows, made beside the event loop.
+        """The features that ``encode`` makes of a request's rows.
 
         Raises RequestError: 429 if there is no room for them, 413 for too many tokens.
         """
@@ -82,7 +82,7 @@ class Queue(Generic[Row, Output]):
         record.rows = len(rows)
         record.texts = rows if self._telemetry.log_texts else None
         began = time.perf_counter()
-        encoded = await asyncio.to_thread(encode, rows)
+        encoded = await encode(rows)
         record.encode_s = time.perf_counter() - began
         record.tokens = sum(len(feature) for row in encoded for feature in row)
         most = self._config.max_tokens_per_request
