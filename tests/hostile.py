@@ -1,7 +1,7 @@
 """Requests that mean no good, and what an endpoint in this process makes of them.
 
-As a script: ``python tests/hostile.py --cases 2000`` sends what schemathesis makes of the OpenAPI document to an endpoint
-around a model of random weights, and prints how many answers there were of each status.
+As a script: ``python tests/hostile.py --cases 2000`` sends what schemathesis makes of the OpenAPI document to an
+endpoint around a model of random weights, and prints how many answers there were of each status.
 """
 
 import argparse
@@ -121,9 +121,10 @@ def bodies(engine: Any, task: str) -> list[bytes]:
     """Every value in the place of every parameter and of the inputs, and `BODIES`."""
     asked = usual(task)
     found = list(BODIES)
+    usual_parameters = json.dumps(asked["parameters"])
     for value in VALUES:
-        for inputs in (value, f"[{value}]", f'{{"text": {value}}}', f'{{"question": {value}, "context": {value}}}'):
-            found.append(f'{{"inputs": {inputs}, "parameters": {json.dumps(asked["parameters"])}}}'.encode())
+        shapes = (value, f"[{value}]", f'{{"text": {value}}}', f'{{"question": {value}, "context": {value}}}')
+        found += [f'{{"inputs": {inputs}, "parameters": {usual_parameters}}}'.encode() for inputs in shapes]
         found.append(f'{{"inputs": "a", "parameters": {value}}}'.encode())
         for name in known(engine, task):
             rest = {key: kept for key, kept in asked["parameters"].items() if key != name}

@@ -161,9 +161,8 @@ def test_runs_and_registry_are_one_volume_at_the_paths_that_job_files_name(manif
         # Keys are no part of what runs share, and a cluster without them starts as well.
         assert keys["secret"]["optional"] is True, name
         (container,) = pod["spec"]["containers"]
-        mounts = {
-            mount["mountPath"]: mount["subPath"] for mount in container["volumeMounts"] if mount["name"] == "data"
-        }
+        shared = [mount for mount in container["volumeMounts"] if mount["name"] == volume["name"]]
+        mounts = {mount["mountPath"]: mount["subPath"] for mount in shared}
         assert mounts == {f"{container['workingDir']}/{folder}": folder for folder in ("runs", "registry")}, name
     for manifest in of_kind(manifests, "RayJob"):
         _, job = job_of(manifest)
