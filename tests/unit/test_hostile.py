@@ -2,7 +2,6 @@
 
 import asyncio
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ def engine(task: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def replica(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    yield endpoint(monkeypatch, engine, access_log=False)
+def replica(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    return endpoint(monkeypatch, engine, access_log=False)
 
 
 def test_no_hostile_body_breaks_or_holds_up_an_endpoint(engine: Any, task: str, replica: Any) -> None:
@@ -55,9 +54,7 @@ def classifier(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 @pytest.mark.usefixtures("classifier")
-@pytest.mark.parametrize(
-    "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "a/b;c=\xff"]
-)
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "a/b;c=\xff", ""])
 def test_what_a_body_is_called_does_not_matter(kind: str) -> None:
     async def scene() -> None:
         async with client() as http:
