@@ -70,13 +70,14 @@ def endpoint(patch: pytest.MonkeyPatch, engine: Any, **args: Any) -> Any:
     """The replica that `client` talks to, with these arguments, around ``engine``."""
     import banjoray.serving.app as app
 
-    patch.setattr(app, "load", lambda *_: engine)
     context = SimpleNamespace(servable_object=None, replica_id=SimpleNamespace(unique_id="r1"))
     patch.setattr("ray.serve.get_replica_context", lambda: context)
     config = validate(ServeConfig, {"model": "tiny@1"} | args, "args")
-    # Serve wraps the class; the one below has the constructor.
-    kind: Any = app.Endpoint.func_or_class  # type: ignore[attr-defined]
-    context.servable_object = kind.__mro__[1](config, "tiny@1")
+    # Serve wraps a copy of the class, which has its own copy of the names that it uses.
+    wrapper: Any = app.Endpoint.func_or_class  # type: ignore[attr-defined]
+    kind = wrapper.__mro__[1]
+    patch.setitem(kind.__init__.__globals__, "load", lambda *_: engine)
+    context.servable_object = kind(config, "tiny@1")
     return context.servable_object
 
 
