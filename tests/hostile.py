@@ -141,7 +141,8 @@ def explore(cases: int) -> Counter[int]:
     from banjoray.serving.app import api
 
     schema = schemathesis.openapi.from_asgi("/openapi.json", api)
-    operations = [operation.ok() for operation in schema.get_all_operations()]
+    found: list[Any] = list(schema.get_all_operations())
+    operations = [one.ok() for one in found]
     statuses: Counter[int] = Counter()
 
     def sent(case: Any) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from endpoints import client, endpoint
+from endpoints import client, endpoint, untrained
 from hostile import FILES, TINY, bodies, explore, usual
-from hostile import untrained as engine_of
 
 PATIENCE_S = 240.0
 # What may be kept of a few thousand requests: series of metrics, caches of a tokenizer.
@@ -23,7 +22,7 @@ def task(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def engine(task: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return engine_of(TINY / FILES[task], tmp_path_factory.mktemp(task))
+    return untrained(TINY / FILES[task], tmp_path_factory.mktemp(task))
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def test_no_hostile_body_breaks_or_holds_up_an_endpoint(engine: Any, task: str, 
 
 @pytest.fixture
 def classifier(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    return endpoint(monkeypatch, engine_of(TINY / FILES["text-classification"], tmp_path), access_log=False)
+    return endpoint(monkeypatch, untrained(TINY / FILES["text-classification"], tmp_path), access_log=False)
 
 
 @pytest.mark.usefixtures("classifier")

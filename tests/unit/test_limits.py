@@ -177,7 +177,7 @@ def test_a_body_that_stops_half_way_gets_408(monkeypatch: pytest.MonkeyPatch, pa
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/", "raw_path": b"/", "query_string": b"", "headers": []}
-    run(api(scope, receive, send))  # type: ignore[arg-type]
+    run(api(scope, receive, send))
     assert sent[0]["status"] == 408
     assert sent[1]["body"] == b'{"error":"the body did not come within 0.2 s"}'
 

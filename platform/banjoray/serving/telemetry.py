@@ -129,7 +129,7 @@ class Telemetry:
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format, each with the replica's name."""
-        return generate_latest(self._labelled)  # type: ignore[arg-type]
+        return generate_latest(self._labelled)
 
     def batch(self, lengths: Sequence[int], seconds: float) -> None:
         """Note a forward pass over rows of these lengths in tokens."""
@@ -225,7 +225,7 @@ class Observed:
                 added = [(b"server-timing", record.server_timing().encode())]
                 # Serve gives every request an id and sends it back by itself; a second header would double it.
                 added += [(b"x-request-id", record.id.encode())] if new else []
-                message = message | {"headers": [*message.get("headers", ()), *added]}
+                message = {**message, "headers": [*message.get("headers", ()), *added]}
             await send(message)
 
         token = _CURRENT.set(record)
