@@ -300,6 +300,30 @@ def submit(
     raise typer.Exit(code)
 
 
+keys = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(keys, name="keys", help="Make and revoke API keys of an endpoint.")
+KeyName = Annotated[str, typer.Argument(help="Whose key it is.", show_default=False)]
+KeyFile = Annotated[Path, typer.Option("--file", help="The file that a serve config names as args.api_keys.")]
+
+
+@keys.command("new")
+def new_key(name: KeyName, file: KeyFile = Path("keys.yaml"), as_json: AsJson = False) -> None:
+    """Make a key and print it, once; the file keeps its hash."""
+    from banjoray.serving.security import add_key
+
+    key = add_key(file, name)
+    answer({"name": name, "key": key, "file": str(file)}, as_json, key)
+
+
+@keys.command("revoke")
+def revoke(name: KeyName, file: KeyFile = Path("keys.yaml"), as_json: AsJson = False) -> None:
+    """Take a key out of the file; endpoints notice within seconds."""
+    from banjoray.serving.security import revoke_key
+
+    revoke_key(file, name)
+    answer({"name": name, "file": str(file)}, as_json, f"{name} has no key in {file} any more")
+
+
 for verb in (check, plan, data, inspect):
     app.command()(verb)
 

@@ -20,6 +20,11 @@ Every error carries one message that says where, what was found, what was needed
 It is built from that message alone, so that it survives pickling between Ray processes.
 """
 
+from collections.abc import Mapping
+
+# Of what a client sent, no more than this is sent back to it.
+MOST_TOLD = 2000
+
 
 class BanjorayError(Exception):
     """Anything that went wrong in a way banjoray knows about; the message is written for the user."""
@@ -90,13 +95,16 @@ class GateRefused(BanjorayError):
 class RequestError(BanjorayError):
     """An HTTP request that can't be answered.
 
-    ``status`` is the HTTP status: 400 not JSON, 404 unknown model, 413 too large, 422 wrong shape.
+    ``status`` is the HTTP status: 400 not JSON, 404 unknown model, 413 too large, 422 wrong shape, 429 too many rows
+    wait. ``headers`` go with it. The message is cut to `MOST_TOLD` characters and can always be sent as UTF-8.
     """
 
-    def __init__(self, message: str, status: int = 422) -> None:
-        super().__init__(message, status)
-        self.message = message
+    def __init__(self, message: str, status: int = 422, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, status, headers)
+        shown = message if len(message) <= MOST_TOLD else f"{message[:MOST_TOLD]} ..."
+        self.message = shown.encode("utf-8", "backslashreplace").decode("utf-8")
         self.status = status
+        self.headers = headers
 
     def __str__(self) -> str:
         return self.message

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -281,6 +283,32 @@ def test_nothing_a_user_did_wrong_shows_a_traceback_and_a_bug_of_ours_does() -> 
     )
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
+
+
+def test_keys_are_printed_once_kept_as_hashes_and_revoked(folder: Path, call: Call) -> None:
+    made = call("keys", "new", "alice")
+    assert (made.returncode, made.stderr) == (0, "")
+    key = made.stdout.strip()
+    assert made.stdout == f"{key}\n"
+    kept = (folder / "keys.yaml").read_text(encoding="utf-8")
+    assert key not in kept
+    assert "alice: sha256:" in kept
+    told = json.loads(call("keys", "new", "bob", "--file", "keys.yaml", "--json").stdout)
+    assert (told["name"], told["file"]) == ("bob", "keys.yaml")
+    _assert_one_line(call("keys", "new", "alice"), ["keys.yaml", "'alice'", "revoke"])
+    assert call("keys", "revoke", "alice").stdout == "alice has no key in keys.yaml any more\n"
+    _assert_one_line(call("keys", "revoke", "alice"), ["keys.yaml", "no key 'alice'", "bob"])
+
+
+def test_the_lines_about_keys_in_the_docs_run_as_they_stand(tmp_path: Path, call: Call) -> None:
+    page = (Path(__file__).parents[2] / "docs/safety.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
+    assert [line[:3] for line in lines] == [["banjoray", "keys", verb] for verb in ("new", "new", "revoke")]
+    for _, *arguments in lines:
+        done = call(*[str(tmp_path / part) if part == "keys.yaml" else part for part in arguments])
+        assert (done.returncode, done.stderr) == (0, "")
+    assert "alice-2: sha256:" in (tmp_path / "keys.yaml").read_text(encoding="utf-8")
 
 
 def test_a_page_that_cannot_be_written_is_one_line_too(call: Call) -> None:

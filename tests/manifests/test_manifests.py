@@ -156,10 +156,13 @@ def test_runs_and_registry_are_one_volume_at_the_paths_that_job_files_name(manif
     (claim,) = of_kind(manifests, "PersistentVolumeClaim")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     for name, pod in pods(manifests):
-        (volume,) = pod["spec"]["volumes"]
+        volume, keys = pod["spec"]["volumes"]
         assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"], name
+        # Keys are no part of what runs share, and a cluster without them starts as well.
+        assert keys["secret"]["optional"] is True, name
         (container,) = pod["spec"]["containers"]
-        mounts = {mount["mountPath"]: mount["subPath"] for mount in container["volumeMounts"]}
+        shared = [mount for mount in container["volumeMounts"] if mount["name"] == volume["name"]]
+        mounts = {mount["mountPath"]: mount["subPath"] for mount in shared}
         assert mounts == {f"{container['workingDir']}/{folder}": folder for folder in ("runs", "registry")}, name
     for manifest in of_kind(manifests, "RayJob"):
         _, job = job_of(manifest)

@@ -1,6 +1,7 @@
 """What comes back over HTTP: the checkpoint's answers whoever else is asking, and errors that say what was wrong."""
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from banjoray.config.job import JobConfig
 from banjoray.errors import ConfigError, RegistryError
-from banjoray.serving.app import serving
+from banjoray.serving.app import read_config, serving
+from banjoray.serving.security import add_key
 from factories import sample_rows
 from serve.trained import Shelf, free_port, plain_scores, stock
 
@@ -20,6 +23,8 @@ TEXT = "the whole evening was a lovely surprise"
 TEXTS = ["joy", *(row["text"] for row in sample_rows("test")[:58]), "i am so happy " * 30]
 MAX_ROWS = 64
 BOUND = 1e-5
+
+CLOSED = {"name": "closed", "route_prefix": "/closed"}
 
 Answer = list[dict[str, Any]]
 
@@ -34,6 +39,11 @@ def url(shelf: Shelf, request: pytest.FixtureRequest) -> Iterator[str]:
     """An endpoint whose batches are small enough that 60 rows need several."""
     request.getfixturevalue("local_ray")
     file = shelf.config(max_rows=MAX_ROWS, max_body_mib=0.0625, max_batch_tokens=512)
+    closed = yaml.safe_load(shelf.config("closed.yaml", api_keys=str(shelf.folder / "keys.yaml")).read_text())
+    add_key(shelf.folder / "keys.yaml", "nobody")
+    tree = yaml.safe_load(file.read_text())
+    tree["applications"] += [application | CLOSED for application in closed["applications"]]
+    file.write_text(yaml.safe_dump(tree))
     with serving(file, free_port(), lambda line: None) as address:
         # The alias moves as soon as the endpoint is up: nothing below may notice.
         shelf.registry.promote("tiny", 2, "production")
@@ -314,6 +324,46 @@ def test_openapi_documents_both_ways_to_ask(client: httpx.Client) -> None:
     assert [entry["name"] for entry in paths["/models/{name}"]["post"]["parameters"]] == ["name"]
 
 
+def test_an_application_with_keys_beside_one_without_asks_for_them_everywhere_but_at_health(
+    client: httpx.Client, shelf: Shelf
+) -> None:
+    key = {"authorization": f"Bearer {add_key(shelf.folder / 'keys.yaml', 'alice')}"}
+    for method, path in (("POST", "/closed/"), ("POST", "/closed/models/tiny"), ("GET", "/closed/metrics")):
+        refused = client.request(method, path, json={"inputs": TEXT}, headers={"authorization": "Bearer wrong"})
+        assert (refused.status_code, refused.json()) == (401, {"error": "this key is not known here"})
+    assert client.get("/closed/healthz").json() == {"status": "ok"}
+    for _ in range(100):
+        # The file is read again while requests come.
+        if client.get("/closed/metrics", headers=key).status_code == 200:
+            break
+        time.sleep(0.1)
+    opened = client.post("/closed/models/tiny", json={"inputs": TEXT}, headers=key)
+    assert opened.status_code == 200
+    assert {entry["label"] for entry in opened.json()[0]} == set(scores(ask(client, TEXT)[0]))
+
+
+def test_a_request_keeps_its_id_and_is_told_its_times_and_a_new_one_gets_one(client: httpx.Client) -> None:
+    told = client.post("/", json={"inputs": TEXT}, headers={"x-request-id": "mine-1"})
+    assert told.headers.get_list("x-request-id") == ["mine-1"]
+    assert [part.partition(";")[0] for part in told.headers["server-timing"].split(", ")] == [
+        "encode",
+        "queue",
+        "forward",
+        "total",
+    ]
+    (made,) = client.post("/", json={"inputs": TEXT}).headers.get_list("x-request-id")
+    assert len(made) >= 32
+
+
+def test_metrics_of_the_replica_name_it_and_its_version(client: httpx.Client) -> None:
+    ask(client, TEXT)
+    text = client.get("/metrics").text
+    (line,) = [line for line in text.splitlines() if line.startswith("banjoray_model_info{")]
+    assert 'version="tiny@1"' in line
+    assert 'run="first"' in line
+    assert "replica=" in line
+
+
 @pytest.fixture
 def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any attempt to start Ray or Serve fails the test."""
@@ -351,6 +401,24 @@ def test_config_that_cannot_be_served_is_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(error, match=says), _serving(shelf.config("wrong.yaml", **changes), free_port()):
         pass
+
+
+@pytest.mark.usefixtures("no_start")
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_host_that_others_reach_is_refused_without_keys_before_anything_starts(
+    shelf: Shelf, host: str, tmp_path: Path
+) -> None:
+    file, keys = shelf.config("open.yaml"), tmp_path / "keys.yaml"
+    add_key(keys, "alice")
+    tree = yaml.safe_load(file.read_text()) | {"http_options": {"host": host}}
+    file.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"args\.api_keys: missing.*banjoray keys new"), _serving(file, free_port()):
+        pass
+    for said in ("none", str(keys)):
+        tree["applications"][0]["args"]["api_keys"] = said
+        file.write_text(yaml.safe_dump(tree))
+        (application,) = read_config(file, None).applications
+        assert application.args["api_keys"] == said
 
 
 @pytest.mark.usefixtures("no_start")

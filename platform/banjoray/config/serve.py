@@ -28,3 +28,25 @@ class ServeConfig(Section):
     )
     max_rows: int = Field(256, ge=1, description="Rows in one request; more are refused with 413.")
     max_body_mib: float = Field(4.0, gt=0, description="Size of a request body; more is refused with 413.")
+    max_tokens_per_request: int = Field(
+        131_072, ge=1, description="Tokens of all rows of one request; more are refused with 413."
+    )
+    max_queued_rows: int = Field(
+        1024,
+        ge=1,
+        description="Rows that a replica has taken and not answered; a request that would make more is refused with "
+        "429 and Retry-After, unless there is none before it.",
+    )
+    timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="Time for a request inside the replica; then 504, and rows that wait are not computed. A stream "
+        "has to begin within it.",
+    )
+    api_keys: str | None = Field(
+        None,
+        description="Path or fsspec URL of a file of keys (banjoray keys new), or none: no key is asked for. If "
+        "absent, banjoray serve takes it as none on a loopback host; elsewhere it has to be said.",
+    )
+    access_log: bool = Field(True, description="Write a JSON line per request to stderr, without its texts.")
+    log_texts: bool = Field(False, description="Write texts of requests, and messages of errors, to the log too.")

@@ -20,6 +20,7 @@ from banjoray.serving import ingress, routes
 from banjoray.serving.choosing import check_kind
 from banjoray.serving.engine import load
 from banjoray.serving.replica import Replica
+from banjoray.serving.security import settled_keys
 from banjoray.training.signals import kept_sigterm
 from ray import serve
 
@@ -41,16 +42,18 @@ class Endpoint:
 
     def __init__(self, config: ServeConfig, version: str) -> None:
         engine = load(version, config.registry, config.engine, config.precision)
-        self.replica = Replica(engine, config)
+        self.replica = Replica(engine, config, serve.get_replica_context().replica_id.unique_id)
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
     """The application of a serve config's ``args``; Serve calls it.
 
     An alias is resolved here, once, so that replicas that start later serve the same version.
+    Which host the cluster listens on is not known here, so ``api_keys`` has to be said.
     Raises ConfigError, RegistryError.
     """
     config = validate(ServeConfig, args, "args")
+    settled_keys(config.api_keys, "this cluster", "args")
     version = Registry(config.registry).resolve(config.model)
     application: serve.Application = Endpoint.bind(config, str(version))  # type: ignore[attr-defined]
     return application
@@ -107,7 +110,8 @@ def read_config(file: str | Path, port: int | None) -> ServeDeploySchema:
         registry = args.registry if is_url(args.registry) else str(Path(args.registry).expanduser().absolute())
         version = Registry(registry).resolve(args.model)
         check_kind(args.engine, args.precision, version.task)
-        application["args"] = args.model_dump() | {"registry": registry}
+        keys = settled_keys(args.api_keys, str(http["host"]), f"{file}: args")
+        application["args"] = args.model_dump() | {"registry": registry, "api_keys": keys}
     try:
         return ServeDeploySchema.model_validate(tree | {"http_options": http})
     except ValidationError as error:

@@ -13,6 +13,9 @@ from banjoray.serving.batching import Batcher
 from banjoray.serving.choosing import Chosen
 from banjoray.serving.encoding import encoded
 from banjoray.serving.engine import Engine
+from banjoray.serving.limits import Entry, Queue
+from banjoray.serving.security import NONE, Keys
+from banjoray.serving.telemetry import Telemetry
 from banjoray.tasks.task import Ask, Task
 
 
@@ -33,13 +36,21 @@ class Answered:
 class Replica:
     """Encodes the rows of a request, waits for their share of a batch, answers: the way of every protocol."""
 
-    def __init__(self, engine: Engine, limits: ServeConfig) -> None:
+    def __init__(self, engine: Engine, limits: ServeConfig, name: str = "") -> None:
         self._engine = engine
         self.limits = limits
-        self._batcher: Batcher[Feature, np.ndarray] = Batcher(
-            engine.forward, limits.max_batch_tokens, engine.cost(), limits.latency_target_ms / 1000
+        self.keys = None if limits.api_keys in (None, NONE) else Keys(limits.api_keys)
+        self.telemetry = Telemetry(limits, name, self._told)
+        self._queue: Queue[Feature, np.ndarray] = Queue(limits, self.telemetry)
+        self._batcher: Batcher[Entry[Feature], np.ndarray] = Batcher(
+            self._queue.timed(engine.forward), limits.max_batch_tokens, engine.cost(), limits.latency_target_ms / 1000
         )
         self.headers = {"x-model-version": str(engine.version), "x-run-id": str(engine.version.lineage["run"])}
+
+    def _told(self) -> dict[str, str]:
+        """What answers now, for metrics and the log."""
+        version = self.version
+        return {"model": version.model, "version": str(version), "run": str(version.lineage["run"])}
 
     @property
     def version(self) -> ModelVersion:
@@ -72,12 +83,15 @@ class Replica:
         return self._engine.max_length
 
     async def answer(self, ask: Ask) -> Answered:
-        """The whole answer; raises RequestError: rows or parameters that can't be answered."""
-        rows = await encoded(self._engine, ask.rows)
-        outputs = await self._batcher.outputs([feature for row in rows for feature in row])
+        """The whole answer; raises RequestError: rows or parameters that can't be answered, or too many of them."""
+        rows = await self._encoded(ask)
+        outputs = await self._queue.outputs(self._batcher, [feature for row in rows for feature in row])
         return Answered(self._engine.answer(ask, rows, outputs), rows, outputs)
 
     async def stream(self, ask: Ask) -> AsyncGenerator[Any, None]:
         """The pieces of the answer, as the task tells them; raises RequestError before the first of them."""
-        rows = await encoded(self._engine, ask.rows)
-        return self._batcher.stream(self._engine.streamed(ask, rows))
+        rows = await self._encoded(ask)
+        return self._queue.stream(self._batcher.stream(self._engine.streamed(ask, rows)))
+
+    async def _encoded(self, ask: Ask) -> list[list[Feature]]:
+        return await self._queue.encoded(lambda rows: encoded(self._engine, rows), ask.rows)

@@ -1,15 +1,19 @@
 """The HTTP application of a replica: what it says of itself, and every protocol's routes. Knows nothing of Ray."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from banjoray.errors import RequestError
+from banjoray.serving.limits import Bounded
 from banjoray.serving.protocols import huggingface, kserve, openai, tei
 from banjoray.serving.replica import Replica
+from banjoray.serving.security import Keyed
+from banjoray.serving.telemetry import Observed
 
 
 class Shaped(Protocol):
@@ -35,38 +39,50 @@ def application(replica: Callable[[], Replica]) -> FastAPI:
     for protocol in (huggingface, openai, kserve, tei):
         api.include_router(protocol.routes(replica))
     api.include_router(_about(replica))
+    # The last one added is the outermost.
+    api.add_middleware(Bounded, timeout_s=lambda: replica().limits.timeout_s, refuse=refusal)
+    api.add_middleware(Keyed, keys=lambda: replica().keys, refuse=refusal)
+    api.add_middleware(Observed, telemetry=lambda: replica().telemetry, refuse=refusal)
     return api
 
 
-def refusal(request: Request, message: str, status: int) -> JSONResponse:
-    """An error in the shape of the protocol that the request's path belongs to."""
-    # What is told may repeat half a character of the request, which no answer can hold.
-    message = message.encode(errors="backslashreplace").decode()
-    path = request.scope["path"].removeprefix(request.scope.get("root_path", "").rstrip("/"))
-    for protocol in _SHAPED:
-        if any(path == known or (known.endswith("/") and path.startswith(known)) for known in protocol.PATHS):
-            return protocol.refusal(message, status)
-    return huggingface.refusal(message, status)
+def refusal(scope: Scope, message: str, status: int, headers: Mapping[str, str]) -> Response:
+    """An error in the shape of the protocol that a request's path belongs to."""
+    path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
+    shape = next((protocol.refusal for protocol in _SHAPED if _belongs(path, protocol.PATHS)), huggingface.refusal)
+    response = shape(message, status)
+    response.headers.update(headers)
+    return response
+
+
+def _belongs(path: str, paths: Sequence[str]) -> bool:
+    return any(path == known or (known.endswith("/") and path.startswith(known)) for known in paths)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return refusal(request, error.message, error.status)
+    return refusal(request.scope, error.message, error.status, error.headers or {})
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return refusal(request, f"{request.method} {request.url.path}: {error.detail}", error.status_code)
+    told = RequestError(f"{request.method} {request.url.path}: {error.detail}", error.status_code).message
+    return refusal(request.scope, told, error.status_code, error.headers or {})
 
 
 def _about(replica: Callable[[], Replica]) -> APIRouter:
-    """``GET /`` and ``GET /healthz``."""
+    """``GET /``, ``GET /healthz`` and ``GET /metrics``."""
     router = APIRouter()
 
     @router.get("/healthz", summary="Ready to answer")
     async def healthz() -> dict[str, str]:
         """Answers once the model is loaded and has made its first pass."""
         return {"status": "ok"}
+
+    @router.get("/metrics", summary="Metrics of this replica", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Prometheus' text format; every series names the replica that answered."""
+        return PlainTextResponse(replica().telemetry.exposition())
 
     @router.get("/", summary="What answers here")
     async def about() -> Response:

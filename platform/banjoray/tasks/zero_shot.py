@@ -4,6 +4,7 @@ The model is trained on natural language inference: does the second text of a pa
 then a question: does "This example is LABEL." follow from the text? (Yin et al. 2019, arXiv:1909.00161.)
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from banjoray.errors import ConfigError, DataError, RequestError
 from banjoray.tasks.task import Ask, Seen, log_softmax, only_known, text_of, true_or_false
 from banjoray.tasks.text_classification import TextClassification
 
+# A few MiB of labels and texts would otherwise make millions of rows before anybody counts them.
+MOST_PAIRS = 10_000
 TEMPLATE = "This example is {}."
 _PARAMETERS = ("candidate_labels", "multi_label", "hypothesis_template")
 _SHAPES = "a text, or a list of texts"
@@ -49,6 +52,9 @@ class ZeroShot(TextClassification):
         texts = inputs if isinstance(inputs, list) else [inputs]
         if not texts:
             raise RequestError(f"inputs: an empty list; needed {_SHAPES}")
+        if len(texts) * len(candidates) > MOST_PAIRS:
+            found = f"{len(texts)} texts with {len(candidates)} labels"
+            raise RequestError(f"inputs: found {found}; needed at most {MOST_PAIRS} pairs of them", 413)
         named = [
             text_of(text, f"inputs[{number}]" if texts is inputs else "inputs") for number, text in enumerate(texts)
         ]
@@ -113,9 +119,11 @@ def _candidates(parameters: Mapping[str, Any]) -> list[str]:
         raise RequestError(f"{where}: found {type(found).__name__}; {needed}")
     if not found:
         raise RequestError(f"{where}: found no label; {needed}")
+    if len(found) > MOST_PAIRS:
+        raise RequestError(f"{where}: found {len(found)} labels; needed at most {MOST_PAIRS}", 413)
     labels = [text_of(label, f"{where}[{number}]").strip() for number, label in enumerate(found)]
-    twice = next((label for number, label in enumerate(labels) if label in labels[:number]), None)
-    if twice is not None:
+    if len(set(labels)) < len(labels):
+        twice = Counter(labels).most_common(1)[0][0]
         raise RequestError(f"{where}: found {twice!r} twice; needed every label once")
     return labels
 

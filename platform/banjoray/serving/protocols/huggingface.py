@@ -42,7 +42,16 @@ _DOCUMENTED: dict[str, Any] = {
     }
     | {
         status: {"description": text, "content": {"application/json": {"schema": _ERROR}}}
-        for status, text in {400: "Not JSON.", 404: "Another model.", 413: "Too large.", 422: "Wrong shape."}.items()
+        for status, text in {
+            400: "Not JSON.",
+            401: "No known key.",
+            404: "Another model.",
+            408: "The body stopped half way.",
+            413: "Too large.",
+            422: "Wrong shape.",
+            429: "Too many rows wait; Retry-After says for how long.",
+            504: "No answer in time.",
+        }.items()
     },
 }
 
