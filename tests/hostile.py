@@ -146,6 +146,9 @@ def explore(cases: int) -> Counter[int]:
     statuses: Counter[int] = Counter()
 
     def sent(case: Any) -> None:
+        if statuses.total() % 4 and case.path_parameters:
+            # Of the names that are made up, hardly one is a model's.
+            case.path_parameters = {"name": "tiny"}
         response = case.call()
         statuses[response.status_code] += 1
         assert response.status_code < 500, (case.method, case.path, case.body, response.text)

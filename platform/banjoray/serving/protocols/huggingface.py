@@ -26,7 +26,11 @@ _BODY = {
     "type": "object",
     "required": ["inputs"],
     "properties": {
-        "inputs": {"description": _INPUTS, "example": "what a lovely surprise"},
+        "inputs": {
+            "description": _INPUTS,
+            "example": "what a lovely surprise",
+            "anyOf": [{"type": kind} for kind in ("string", "array", "object")],
+        },
         "parameters": {"type": "object", "description": "As the task has them; an unknown one is refused by name."},
         "stream": {"type": "boolean", "description": "text-generation: an event per token; one text, no beams."},
     },
