@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -100,7 +100,7 @@ class Recorded:
         return [row.upper() for row in rows]
 
 
-def passes(cost: Callable[[int, int], float], lengths: Sequence[int]) -> list[list[int]]:
+def passes(cost: Cost, lengths: Sequence[int]) -> list[list[int]]:
     """The lengths in each pass when rows of ``lengths`` come one after the other during a first pass."""
     forward = Recorded()
 

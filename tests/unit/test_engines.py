@@ -58,7 +58,7 @@ class Made:
     def __init__(self, folder: Path, job: JobConfig) -> None:
         self.ready: Ready = prepare(job)
         self.job, self.folder = job, folder
-        self.model = self.ready.start.model().eval()
+        self.model: Any = self.ready.start.model().eval()
         read_first_only(self.model)
         self.tokenizer = self.ready.start.tokenizer
         self.task = self.ready.task.for_config(self.model.config).for_tokenizer(self.tokenizer)
@@ -262,7 +262,7 @@ def test_a_model_that_cannot_be_exported_is_refused_with_the_reason(tmp_path: Pa
         raise RuntimeError("this layer decides by what it sees")
 
     layer = made.model.base_model.encoder.layer[0]
-    layer.register_forward_hook(lambda *_: stuck() if onnx.torch.jit.is_tracing() else None)  # type: ignore[attr-defined]
+    layer.register_forward_hook(lambda *_: stuck() if onnx.torch.jit.is_tracing() else None)
     with pytest.raises(
         ConfigError, match=r"BertForSequenceClassification can't be exported \(RuntimeError: this layer"
     ):

@@ -134,7 +134,7 @@ class FillMask(Task):
 
     def same(self, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         """Whether the mean loss of a feature's hidden tokens differs by less than 0.02 nats; of what a score keeps."""
-        return np.abs(found[:1] - wanted[:1]) <= _NEAR * np.maximum(1, wanted[1:2])
+        return np.asarray(np.abs(found[:1] - wanted[:1]) <= _NEAR * np.maximum(1, wanted[1:2]))
 
     def parse(self, inputs: Any, parameters: Mapping[str, Any]) -> Ask:
         """Rows of {"text"}; whether they hold a mask is seen by `answer`, which knows how the model writes it."""

@@ -58,7 +58,7 @@ class Regression(TextClassification):
 
     def same(self, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         """Whether the numbers differ by less than a hundredth."""
-        return np.abs(found - wanted) <= NEAR * np.maximum(1, np.abs(wanted))
+        return np.asarray(np.abs(found - wanted) <= NEAR * np.maximum(1, np.abs(wanted)))
 
     def entries(self, logits: np.ndarray, labels: Sequence[str], function: Any) -> list[dict[str, Any]]:
         """[{"label": "LABEL_0", "score"}]: the number is the score, and no label has a name, as in transformers."""
