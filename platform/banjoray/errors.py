@@ -90,7 +90,7 @@ class GateRefused(BanjorayError):
 class RequestError(BanjorayError):
     """An HTTP request that can't be answered.
 
-    ``status`` is the HTTP status: 400 not JSON, 404 unknown model, 413 too large, 422 wrong shape.
+    ``status`` is the HTTP status: 400 not JSON or a path that does not fit the task, 404 unknown model, 413 too large, 422 wrong shape.
     """
 
     def __init__(self, message: str, status: int = 422) -> None:
