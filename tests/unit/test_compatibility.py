@@ -27,8 +27,8 @@ from banjoray.training.compatibility import (
     markdown,
     refusals,
 )
-from banjoray.training.loop import COMPILED_FROM, compiles
 from banjoray.training.preflight import prepare
+from banjoray.training.strategies import COMPILED_FROM, compiles
 from cells import Told, case_of
 from factories import make_job
 

@@ -256,13 +256,15 @@ def test_onnx_without_its_packages_is_refused_and_auto_goes_on_with_torch(
 
 
 def test_a_model_that_cannot_be_exported_is_refused_with_the_reason(tmp_path: Path) -> None:
+    import torch
+
     made = Made(tmp_path, make_job(tmp_path))
 
     def stuck(*_: Any, **__: Any) -> Any:
         raise RuntimeError("this layer decides by what it sees")
 
     layer = made.model.base_model.encoder.layer[0]
-    layer.register_forward_hook(lambda *_: stuck() if onnx.torch.jit.is_tracing() else None)
+    layer.register_forward_hook(lambda *_: stuck() if torch.jit.is_tracing() else None)
     with pytest.raises(
         ConfigError, match=r"BertForSequenceClassification can't be exported \(RuntimeError: this layer"
     ):

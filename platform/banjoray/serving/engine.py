@@ -48,7 +48,7 @@ class Engine:
         """What `forward` costs by rows and tokens, measured now; `FREE` where the model writes texts."""
         if self.task.generates:
             return FREE
-        pad = self._tokenizer.pad_token_id
+        pad = self.tokenizer.pad_token_id
         return measured(self.forward, lambda tokens: Feature({"input_ids": [pad] * tokens}), self._data.max_length)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Feature]]:

@@ -30,10 +30,7 @@ from banjoray.training.optimizer import rate_scales
 from banjoray.training.prefix_cache import Prefix, kept_prefix
 from banjoray.training.pulse import Beat, Pulse
 from banjoray.training.scoring import Feed, outputs
-from banjoray.training.strategies import Strategy, build, choose_precision
-
-# On an H200, a BERT of three blocks was still being compiled after a minute.
-COMPILED_FROM = 20_000
+from banjoray.training.strategies import Strategy, build, choose_precision, compiles
 
 
 def fit(job: JobConfig, rows: Rows, task: Task, start: Start, run: str, callbacks: Callbacks) -> FitResult:
@@ -98,12 +95,6 @@ def _fit(
     seconds = time.perf_counter() - began
     told = session.profile()
     return FitResult(best, session.step, seconds, session.rows_per_s, choice.precision, session.stopped, told)
-
-
-def compiles(job: JobConfig, steps: int) -> bool:
-    """Whether torch.compile is worth its minutes in a run of so many steps, or wanted anyway."""
-    worth = bool(job.scale.gpus_per_worker) and job.scale.strategy == "ddp" and steps >= COMPILED_FROM
-    return job.train.torch_compile == "on" or (job.train.torch_compile == "auto" and worth)
 
 
 def _steps(job: JobConfig, rows: Rows) -> int:

@@ -15,6 +15,8 @@ from banjoray.config.job import JobConfig
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# On an H200, a BERT of three blocks was still being compiled after a minute.
+COMPILED_FROM = 20_000
 Forward = Callable[[nn.Module], Tensor]
 """The module that takes part in the exchange -> what this worker's rows add to the batch's loss."""
 
@@ -41,6 +43,12 @@ def choose_precision(job: JobConfig) -> Choice:
     if native:
         return Choice("bf16", f"this CPU multiplies bf16 natively ({native})")
     return Choice("fp32", "this CPU has no native bf16, and emulated bf16 is slower than fp32")
+
+
+def compiles(job: JobConfig, steps: int) -> bool:
+    """Whether torch.compile is worth its minutes in a run of so many steps, or wanted anyway."""
+    worth = bool(job.scale.gpus_per_worker) and job.scale.strategy == "ddp" and steps >= COMPILED_FROM
+    return job.train.torch_compile == "on" or (job.train.torch_compile == "auto" and worth)
 
 
 def native_bf16(device: str) -> str:

@@ -45,6 +45,7 @@ _INFER = documented(
     "Tensors; with binary data after the JSON where that is wanted.",
     _ERROR,
 )
+_INFER["openapi_extra"]["requestBody"]["content"] |= {"application/octet-stream": {}}
 _INFER["responses"][200]["content"] |= {"application/octet-stream": {}}
 _LENGTH = {"description": "Bytes of JSON before binary data.", "schema": {"type": "integer"}}
 _INFER["responses"][200]["headers"] = {"Inference-Header-Content-Length": _LENGTH}
