@@ -24,7 +24,7 @@ from banjoray.training.preflight import prepare
 def version(task: str, labels: Sequence[str] = ()) -> ModelVersion:
     """A version that no registry holds."""
     lineage: Any = {"run": "first"}
-    return ModelVersion("tiny", 1, task, tuple(labels), {}, lineage, {}, "", "", "")
+    return ModelVersion("tiny", 1, task, tuple(labels), {}, lineage, {}, "2026-01-02T03:04:05+00:00", "0" * 64, "-")
 
 
 def untrained(job_file: Path, folder: Path) -> Engine:

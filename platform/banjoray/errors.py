@@ -96,8 +96,8 @@ class RequestError(BanjorayError):
     """An HTTP request that can't be answered.
 
     ``status`` is the HTTP status: 400 not JSON or a path that does not fit the task, 404 unknown model, 413 too large,
-    422 wrong shape, 429 too many rows wait. ``headers`` go with it. The message is cut to `MOST_TOLD` characters and can
-    always be sent as UTF-8.
+    422 wrong shape, 429 too many rows wait. ``headers`` go with it. The message is cut to `MOST_TOLD` characters and
+    can always be sent as UTF-8.
     """
 
     def __init__(self, message: str, status: int = 422, headers: Mapping[str, str] | None = None) -> None:

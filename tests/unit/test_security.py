@@ -235,7 +235,7 @@ def test_wrong_missing_and_revoked_keys_get_401_on_every_route_but_health(
                     response = await http.request(method, path, headers=headers, json={"inputs": "a"})
                     assert (response.status_code == 401) != opened, (method, path)
                     if not opened:
-                        assert list(response.json()) == ["error"]
+                        assert "error" in response.json()
                         assert response.headers["www-authenticate"].startswith("Bearer")
                 for headers in ({"authorization": f"Bearer {good}"}, {"x-api-key": good}):
                     response = await http.request(method, path, headers=headers, json={"inputs": "a"})

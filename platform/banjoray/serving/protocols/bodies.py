@@ -90,7 +90,9 @@ def documented(
 
 def refusals(error: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:
     """What a route says of its errors in the OpenAPI document."""
-    return {"4XX": {"description": "What was wrong.", "content": {"application/json": {"schema": dict(error)}}}}
+    told: dict[int | str, str] = {"4XX": "What was wrong.", 504: "No answer in time."}
+    content = {"application/json": {"schema": dict(error)}}
+    return {status: {"description": text, "content": content} for status, text in told.items()}
 
 
 def _no_number(constant: str) -> Any:
