@@ -166,7 +166,8 @@ def explore(cases: int) -> Counter[int]:
             derandomize=True,
             suppress_health_check=list(hypothesis.HealthCheck),
         )
-        settings(hypothesis.given(operation.as_strategy(generation_mode=mode))(sent))()
+        run: Any = settings(hypothesis.given(operation.as_strategy(generation_mode=mode))(sent))
+        run()
     return statuses
 
 
