@@ -159,14 +159,16 @@ def explore(cases: int) -> Counter[int]:
     plans = [(operation, modes[0], 2) for operation in operations if operation not in posts]
     plans += [(operation, mode, -(-cases // (len(posts) * len(modes)))) for operation in posts for mode in modes]
     for operation, mode, wanted in plans:
-        settings: Any = hypothesis.settings(
+        settings = hypothesis.settings(
             max_examples=wanted,
             deadline=None,
             database=None,
             derandomize=True,
             suppress_health_check=list(hypothesis.HealthCheck),
         )
-        settings(hypothesis.given(operation.as_strategy(generation_mode=mode))(sent))()
+        drawn: Any = hypothesis.given(operation.as_strategy(generation_mode=mode))
+        run: Any = settings(drawn(sent))
+        run()
     return statuses
 
 
