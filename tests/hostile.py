@@ -166,7 +166,9 @@ def explore(cases: int) -> Counter[int]:
             derandomize=True,
             suppress_health_check=list(hypothesis.HealthCheck),
         )
-        settings(hypothesis.given(operation.as_strategy(generation_mode=mode))(sent))()  # type: ignore[no-untyped-call]
+        drawn: Any = hypothesis.given(operation.as_strategy(generation_mode=mode))
+        run: Any = settings(drawn(sent))
+        run()
     return statuses
 
 
