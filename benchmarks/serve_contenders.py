@@ -6,14 +6,13 @@ It prints a line when it answers, and ends when its input is closed.
 """
 
 import json
-import multiprocessing
 import socket
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -89,78 +88,31 @@ def serve_pipeline(case: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def litserve(case: dict[str, Any], short: bool = False) -> Iterator[None]:
-    """LitServe with batching, one worker."""
-    import litserve as ls
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    class Classifier(ls.LitAPI):  # type: ignore[misc]
-        """Tokenises a batch, pads it to its longest, and answers the best label of each."""
-
-        def setup(self, device: str) -> None:
-            torch.set_num_threads(1)
-            self._tokenizer = AutoTokenizer.from_pretrained(case["folder"])
-            model = AutoModelForSequenceClassification.from_pretrained(case["folder"]).eval().to(device)
-            self._model = model.to(torch.bfloat16) if short else model
-
-        def decode_request(self, request: dict[str, str]) -> str:
-            return request["inputs"]
-
-        def batch(self, inputs: Sequence[str]) -> list[str]:
-            return list(inputs)
-
-        def unbatch(self, output: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-            return list(output)
-
-        def predict(self, texts: list[str]) -> list[dict[str, Any]]:
-            batch = self._tokenizer(texts, truncation=True, max_length=MAX_LENGTH, padding=True, return_tensors="pt")
-            with torch.inference_mode():
-                scores, best = self._model(**batch).logits.float().softmax(-1).max(-1)
-            names = self._model.config.id2label
-            return [
-                {"label": names[label], "score": score}
-                for label, score in zip(best.tolist(), scores.tolist(), strict=True)
-            ]
-
-        def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
-            return output
-
-    api = Classifier(max_batch_size=PEER_BATCH, batch_timeout=PEER_WAIT_S, api_path="/")
-    server = ls.LitServer(api, accelerator="cpu", workers_per_device=1)
-    port: int = case["port"]
-    with _running(lambda: server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="error"), port):
-        yield
+def litserve(case: dict[str, Any], precision: str = "fp32") -> Iterator[None]:
+    """LitServe with batching, one worker; told to end afterwards with all that it started."""
+    command = [sys.executable, "-m", "benchmarks.serve_litserve", case["folder"], str(case["port"]), precision]
+    with subprocess.Popen(command, stdout=sys.stderr) as process:
+        try:
+            until = time.monotonic() + PATIENCE_S
+            while not _listens(case["port"]):
+                if process.poll() is not None or time.monotonic() > until:
+                    raise SystemExit(f"nobody listens on port {case['port']}")
+                time.sleep(0.1)
+            yield
+        finally:
+            family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            for member in (process, *family):
+                member.terminate()
+            _, alive = psutil.wait_procs(family, timeout=10)
+            for member in alive:
+                member.kill()
 
 
 @contextmanager
 def litserve_bf16(case: dict[str, Any]) -> Iterator[None]:
     """The same with weights in bf16."""
-    with litserve(case, short=True):
+    with litserve(case, "bf16"):
         yield
-
-
-@contextmanager
-def _running(serve: Callable[[], None], port: int) -> Iterator[None]:
-    """A server in a process of its own, from when it listens; it is told to end afterwards with all that it started."""
-    process: BaseProcess = multiprocessing.get_context("fork").Process(target=serve)
-    process.start()
-    try:
-        until = time.monotonic() + PATIENCE_S
-        while not _listens(port):
-            if not process.is_alive() or time.monotonic() > until:
-                raise SystemExit(f"nobody listens on port {port}")
-            time.sleep(0.1)
-        yield
-    finally:
-        assert process.pid is not None
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for member in family:
-            member.terminate()
-        _, alive = psutil.wait_procs(family, timeout=10)
-        for member in alive:
-            member.kill()
-        process.join()
 
 
 def _listens(port: int) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from banjoray.config.job import JobConfig
 from banjoray.data.probe import FILE, read_probe, write_probe

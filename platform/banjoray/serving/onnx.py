@@ -130,7 +130,9 @@ def to_int8(source: Path, file: Path) -> None:
     # It advises, at every call, to do what is done already or does not help here.
     logging.disable(logging.WARNING)
     try:
-        quantize_dynamic(source, file, weight_type=QuantType.QInt8, extra_options={"MatMulConstBOnly": True})
+        quantize_dynamic(
+            source, file, weight_type=QuantType.QInt8, per_channel=True, extra_options={"MatMulConstBOnly": True}
+        )
     finally:
         logging.disable(logging.NOTSET)
 
