@@ -147,8 +147,9 @@ def explore(cases: int) -> Counter[int]:
 
     def sent(case: Any) -> None:
         if statuses.total() % 4 and case.path_parameters:
-            # Of the names that are made up, hardly one is a model's.
-            case.path_parameters = {"name": "tiny"}
+            # Of the names and numbers that are made up, hardly one is a model's.
+            served = {"name": "tiny", "version": "1"}
+            case.path_parameters = {name: served[name] for name in case.path_parameters}
         response = case.call()
         statuses[response.status_code] += 1
         assert response.status_code < 500, (case.method, case.path, case.body, response.text)

@@ -257,8 +257,6 @@ def test_onnx_without_its_packages_is_refused_and_auto_goes_on_with_torch(
 
 
 def test_a_model_that_cannot_be_exported_is_refused_with_the_reason(tmp_path: Path) -> None:
-    import torch
-
     made = Made(tmp_path, make_job(tmp_path))
 
     def stuck(*_: Any, **__: Any) -> Any:
