@@ -263,7 +263,7 @@ def test_a_model_that_cannot_be_exported_is_refused_with_the_reason(tmp_path: Pa
         raise RuntimeError("this layer decides by what it sees")
 
     layer = made.model.base_model.encoder.layer[0]
-    layer.register_forward_hook(lambda *_: stuck() if torch.jit.is_tracing() else None)
+    layer.register_forward_hook(lambda *_: stuck() if torch._C._get_tracing_state() else None)
     with pytest.raises(
         ConfigError, match=r"BertForSequenceClassification can't be exported \(RuntimeError: this layer"
     ):
