@@ -40,8 +40,8 @@ class ServeConfig(Section):
     timeout_s: float = Field(
         60.0,
         gt=0,
-        description="Time for a request inside the replica; then 504, and rows that wait are not computed. A stream "
-        "has to begin within it.",
+        description="Time for a request inside the replica; then 504, and rows that wait are not computed. Not for "
+        "streams.",
     )
     api_keys: str | None = Field(
         None,
