@@ -124,14 +124,29 @@ def check(model: Any, made: Any, names: tuple[str, ...], outputs: tuple[str, ...
 
 
 def to_int8(source: Path, file: Path) -> None:
-    """Write a graph with the weights of its matrix products in int8; what they multiply is rounded as it runs."""
+    """Write a graph with the weights of its matrix products in int8; what they multiply is rounded as it runs.
+
+    Products that narrow a row stay in fp32: what comes out of a feed-forward block's activation has few large numbers,
+    beside which one scale leaves nothing of the rest. MiniLM on emotion, 1,000 rows: 99.5 % of the labels are those of
+    fp32 so, and 98.2 % with all products in int8.
+    """
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    graph = onnx.load(source).graph
+    shapes = {weight.name: tuple(weight.dims) for weight in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMul" and len(shapes.get(node.input[1], ())) == 2]
+    narrowing = [node.name for node in products if shapes[node.input[1]][0] > shapes[node.input[1]][1]]
     # It advises, at every call, to do what is done already or does not help here.
     logging.disable(logging.WARNING)
     try:
         quantize_dynamic(
-            source, file, weight_type=QuantType.QInt8, per_channel=True, extra_options={"MatMulConstBOnly": True}
+            source,
+            file,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            nodes_to_exclude=narrowing,
+            extra_options={"MatMulConstBOnly": True},
         )
     finally:
         logging.disable(logging.NOTSET)
