@@ -39,7 +39,16 @@ class Connection:
         return self
 
     async def post(self, body: bytes) -> tuple[int, bytes]:
-        """The status and body of the answer to a POST."""
+        """The status and body of the answer to a POST; once more where the server had hung up between two requests."""
+        try:
+            return await self._posted(body)
+        except asyncio.IncompleteReadError as error:
+            if error.partial:
+                raise
+            await self.open()
+            return await self._posted(body)
+
+    async def _posted(self, body: bytes) -> tuple[int, bytes]:
         head = f"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         self._writer.write(head.encode() + body)
         found = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
