@@ -30,6 +30,7 @@ def tables() -> str:
         "train_accuracy": accuracy,
         "search_cost": search,
         "search_gain": gain,
+        "serve_throughput": serving,
     }
     parts = [
         write(json.loads(path.read_text(encoding="utf-8")))
@@ -97,6 +98,26 @@ def search(result: dict[str, Any]) -> str:
     singles = {name: work for name, work in works.items() if name != "study"}
     parts = [study(result, works["study"])] if "study" in works else []
     return "\n\n".join(parts + ([single(result, singles)] if singles else []))
+
+
+def serving(result: dict[str, Any]) -> str:
+    """Requests per second with many clients, fastest first."""
+    shown = sorted(result["contenders"].values(), key=lambda told: -told["requests_per_s_at_32"])
+    ours = result["contenders"]["banjoray"]["requests_per_s_at_32"]
+    lines = [
+        f"Serving, {result['data']}, one replica with one thread; median of rounds: {result['rounds']}, on "
+        f"{result['machine']}. p99 with long: of the short texts, where every twentieth has 400 words:",
+        "",
+        "| contender | requests/s, 1 client | p50 ms | requests/s, 32 clients | banjoray is | p99 ms | with long |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for told in shown:
+        alone = f"{told['requests_per_s_at_1']:.0f} | {told['p50_ms_at_1']:.1f}"
+        many = f"{told['requests_per_s_at_32']:.0f} | {ours / told['requests_per_s_at_32']:.2f}x"
+        lines += [
+            f"| {told['settings']} | {alone} | {many} | {told['p99_ms_at_32']:.0f} | {told['p99_ms_mixed']:.0f} |"
+        ]
+    return "\n".join(lines)
 
 
 def gain(result: dict[str, Any]) -> str:
