@@ -195,3 +195,12 @@ def test_answers_are_compared_as_the_task_reads_them() -> None:
 
 def test_an_engine_that_was_made_by_hand_is_told_as_asked_for() -> None:
     assert (ASKED.engine, ASKED.precision, ASKED.why) == ("torch", "fp32", "asked for")
+
+
+def test_a_full_disk_is_no_reason_not_to_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(choosing, "write_whole", full)
+    assert kept_choice(tmp_path, ["auto", "auto"], lambda: ASKED) == ASKED
+    assert list(tmp_path.iterdir()) == []

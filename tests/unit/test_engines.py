@@ -283,3 +283,18 @@ def test_the_cost_of_a_pass_is_measured_and_grows_with_it(shelved: tuple[JobConf
     job, reference = shelved
     cost = load(reference, job.registry.root).cost()
     assert 0 < cost(1, 8) <= cost(1, 40) <= cost(16, 40)
+
+
+def test_a_full_disk_leaves_torch_and_the_reason(
+    shelved: tuple[JobConfig, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job, reference = shelved
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(makers, "kept_file", full)
+    monkeypatch.setattr(makers, "engine_cache", lambda *_: tmp_path)
+    found = load(reference, job.registry.root, "auto", "auto")
+    assert found.chosen.engine == "torch"
+    assert f"{tmp_path} can't be written to (No space left on device)" in found.chosen.why

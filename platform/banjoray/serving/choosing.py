@@ -7,6 +7,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
@@ -168,14 +169,17 @@ def kept_file(file: Path, make: Callable[[Path], None]) -> Path:
 def write_whole(file: Path, text: str) -> None:
     """Text in a file that is there whole, or as it was before."""
     fresh = file.with_name(f".{uuid.uuid4().hex}-{file.name}")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(file)
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(file)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def kept_choice(folder: Path, asked: Sequence[str], choose: Callable[[], Chosen]) -> Chosen:
     """What was chosen before for what is ``asked`` on a machine like this, or what ``choose`` says now, and keeps.
 
-    A file that can't be read is as good as none.
+    A file that can't be read is as good as none, and one that can't be written is made by the next start.
     """
     file = folder / f"choice-{_digest_of([*asked, *_machine()])[:16]}.json"
     try:
@@ -183,7 +187,9 @@ def kept_choice(folder: Path, asked: Sequence[str], choose: Callable[[], Chosen]
         return Chosen(**{**found, "measured_ms": tuple(found["measured_ms"].items())})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         chosen = choose()
-    write_whole(file, json.dumps(chosen.to_json(), indent=2) + "\n")
+    # A full disk is no reason not to answer.
+    with suppress(OSError):
+        write_whole(file, json.dumps(chosen.to_json(), indent=2) + "\n")
     return chosen
 
 

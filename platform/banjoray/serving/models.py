@@ -38,7 +38,11 @@ class Models:
             return copy.deepcopy(self._model).to(DTYPES[kind.precision])
         if missing := onnx.missing_packages():
             raise ConfigError(f"onnx: {missing}")
-        return onnx.OnnxModel(self._file(kind.precision), self._model.config, torch.get_num_threads())
+        try:
+            file = self._file(kind.precision)
+        except OSError as error:
+            raise ConfigError(f"onnx: {self.cache} can't be written to ({error.strerror})") from None
+        return onnx.OnnxModel(file, self._model.config, torch.get_num_threads())
 
     def _file(self, precision: str) -> Path:
         plain = kept_file(self.cache / "fp32.onnx", lambda file: onnx.export(self._model, self._tokenizer, file))
