@@ -1,6 +1,5 @@
 """Written texts in the shapes of OpenAI's completions and chat completions, whole or as a stream of chunks."""
 
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -15,12 +14,11 @@ from fastapi.responses import JSONResponse
 from banjoray.errors import RequestError
 from banjoray.serving.protocols.bodies import asked
 from banjoray.serving.replica import Replica
-from banjoray.serving.streaming import EventStream, event
+from banjoray.serving.streaming import BROKEN, EventStream, event, log_broken
 from banjoray.tasks.pieces import finish_reason
 from banjoray.tasks.settings import Settings
 from banjoray.tasks.task import Ask, true_or_false
 
-_LOG = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 
 
@@ -239,10 +237,9 @@ async def _chunks(
             if usage:
                 yield event(head | {"choices": [], "usage": counted})
             yield DONE
-        except Exception:  # noqa: BLE001  the boundary to the client, who can be told in no other way
-            _LOG.exception("a stream broke off")
-            message = "the answer broke off; the server's log says why"
-            yield event({"error": {"message": message, "type": "server_error", "param": None, "code": None}})
+        except Exception as error:  # noqa: BLE001  the boundary to the client, who can be told in no other way
+            log_broken(error)
+            yield event({"error": {"message": BROKEN, "type": "server_error", "param": None, "code": None}})
 
 
 def _reason(found: str) -> str:

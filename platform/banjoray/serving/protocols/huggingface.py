@@ -1,6 +1,5 @@
 """The request and answer of Hugging Face's inference API, as `huggingface_hub.InferenceClient` sends and reads them."""
 
-import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -11,10 +10,9 @@ from fastapi.responses import JSONResponse
 from banjoray.errors import RequestError
 from banjoray.serving.protocols.bodies import asked, body_of, json_object
 from banjoray.serving.replica import Replica
-from banjoray.serving.streaming import EventStream, event
+from banjoray.serving.streaming import BROKEN, EventStream, event, log_broken
 from banjoray.tasks.task import Ask, Task
 
-_LOG = logging.getLogger(__name__)
 _NEEDED = '{"inputs": ..., "parameters": {...}}'
 
 # Which shapes there are depends on the task; GET / names it.
@@ -118,7 +116,6 @@ async def events(pieces: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, Non
         try:
             async for piece in pieces:
                 yield event(piece)
-        except Exception:  # noqa: BLE001  the boundary to the client, who can be told in no other way
-            _LOG.exception("a stream broke off")
-            # What it was may hold texts or paths: that is for the log, as it is of an answer that is sent whole.
-            yield event({"error": "the answer broke off; the server's log says why", "error_type": "generation"})
+        except Exception as error:  # noqa: BLE001  the boundary to the client, who can be told in no other way
+            log_broken(error)
+            yield event({"error": BROKEN, "error_type": "generation"})
