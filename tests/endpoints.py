@@ -17,7 +17,7 @@ from banjoray.data.tokens import Feature
 from banjoray.registry import ModelVersion
 from banjoray.serving.costs import FREE, Cost
 from banjoray.serving.engine import Engine
-from banjoray.serving.replica import Replica
+from banjoray.serving.replica import Replica, Slot
 from banjoray.training.preflight import prepare
 
 
@@ -75,7 +75,8 @@ class Plain:
 def endpoint(patch: pytest.MonkeyPatch, engine: Any, **args: Any) -> Replica:
     """The replica that `client` talks to, with these arguments, around ``engine``."""
     config = validate(ServeConfig, {"model": "tiny@1"} | args, "args")
-    replica = Replica(engine, config, "r1")
+    replica = Replica(config, "r1")
+    replica.slots["tiny"] = Slot(replica.serve(engine))
     context = SimpleNamespace(servable_object=SimpleNamespace(replica=replica))
     patch.setattr("ray.serve.get_replica_context", lambda: context)
     return replica

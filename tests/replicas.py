@@ -13,7 +13,7 @@ from banjoray.config.serve import ServeConfig
 from banjoray.models.loading import Base, load_tokenizer
 from banjoray.registry import ModelVersion
 from banjoray.serving.engine import Engine
-from banjoray.serving.replica import Replica
+from banjoray.serving.replica import Replica, Slot
 from banjoray.serving.routes import application
 from banjoray.tasks.generation import set_generation
 from banjoray.tasks.task import task_for
@@ -35,7 +35,9 @@ class InProcess:
     def __init__(self, engine: Engine, **limits: Any) -> None:
         config = validate(ServeConfig, {"model": "tiny@1", "max_rows": MAX_ROWS} | limits, "args")
         self.engine = engine
-        self.replica = Replica(engine, config)
+        self.replica = Replica(config)
+        self.served = self.replica.serve(engine)
+        self.replica.slots["tiny"] = Slot(self.served)
         self.app = application(lambda: self.replica)
         self.root = ""
         self._runner = asyncio.Runner()
@@ -63,7 +65,7 @@ class InProcess:
 
     def close(self) -> None:
         self._runner.close()
-        self.replica._batcher._thread.shutdown()
+        self.replica._thread.shutdown()
 
 
 def _job(task: str) -> JobConfig:

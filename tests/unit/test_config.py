@@ -406,5 +406,11 @@ def test_a_serve_config_knows_its_keys_and_their_limits() -> None:
         validate(ServeConfig, wrong, "args")
     lines = str(caught.value).splitlines()
     assert "args: unknown key 'max_row'; did you mean 'max_rows'?" in lines
-    assert "args: key 'model' is missing" in lines
-    assert len(lines) == 4
+    assert len(lines) == 3
+    neither: dict[str, object] = {}
+    for none_or_both in (neither, {"model": "a@1", "models": ["b@1"]}):
+        with pytest.raises(ConfigError, match="args: found neither model nor models, or both"):
+            validate(ServeConfig, none_or_both, "args")
+    with pytest.raises(ConfigError, match="needed another name for each"):
+        validate(ServeConfig, {"models": ["a@1", "a@2"]}, "args")
+    assert validate(ServeConfig, {"models": ["a@1", "b@2"]}, "args").references == ("a@1", "b@2")

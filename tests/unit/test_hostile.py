@@ -41,7 +41,7 @@ def test_no_hostile_body_breaks_or_holds_up_an_endpoint(engine: Any, task: str, 
                 if response.status_code >= 400:
                     assert list(response.json()) == ["error"], body[:300]
                     assert len(response.content) < 10_000, body[:300]
-            assert (replica._queue._rows, replica._batcher._waiting) == (0, [])
+            assert (replica._queue._rows, replica.pick()._batcher._waiting) == (0, [])
             assert (await http.post("/", json=usual(task))).json() == honest.json()
 
     asyncio.run(asyncio.wait_for(scene(), PATIENCE_S))

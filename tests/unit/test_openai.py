@@ -173,7 +173,7 @@ def test_a_stream_that_breaks_off_ends_with_an_error_and_without_done(
 
         return pieces()
 
-    monkeypatch.setattr(chat.replica, "stream", broken)
+    monkeypatch.setattr(chat.served, "stream", broken)
     told = chat.request("POST", "/v1/completions", json={"prompt": "one", "stream": True}).text
     first, last, end = told.split("\n\n")
     assert json.loads(first.removeprefix("data: "))["choices"][0]["text"] == "one"
@@ -287,7 +287,7 @@ def test_a_route_that_does_not_fit_says_what_the_model_is_for(embedder: InProces
         body = {"input": "a", "prompt": "a", "messages": TURNS}
         error = asked.request("POST", path, json=body)
         assert error.status_code == 400
-        assert f"this model's task is {asked.replica.task.name}; {path}" in error.json()["error"]["message"]
+        assert f"this model's task is {asked.served.task.name}; {path}" in error.json()["error"]["message"]
 
 
 def assert_refused(asked: InProcess, path: str, body: Any, expected: tuple[int, str | None, str]) -> None:

@@ -170,9 +170,9 @@ def test_the_requests_of_the_page_about_protocols_are_answered(asked: InProcess)
     for path, body in shown:
         known = json.loads(body)
         known |= {"model": "tiny"} if "model" in known else {}
-        if path == "/models/emotion" and asked.replica.task.name == "feature-extraction":
+        if path == "/models/emotion" and asked.served.task.name == "feature-extraction":
             # A vector has no best two.
             del known["parameters"]
         response = asked.request("POST", path.replace("emotion", "tiny"), json=known)
-        fits = path in FITTING[asked.replica.task.name]
+        fits = path in FITTING[asked.served.task.name]
         assert (response.status_code == 200) == fits, response.text

@@ -131,17 +131,17 @@ def test_metrics_count_requests_batches_and_errors_of_this_replica_and_version(m
         (sample,) = [one for one in samples[name] if one.labels == labels | {"replica": "r1"}]
         return float(sample.value)
 
-    assert value("banjoray_requests_total", route="/", status="200") == 2
-    assert value("banjoray_requests_total", route="/", status="400") == 1
+    assert value("banjoray_requests_total", route="/", status="200", version="tiny@1") == 2
+    assert value("banjoray_requests_total", route="/", status="400", version="tiny@1") == 1
     assert value("banjoray_errors_total", kind="not_json") == 1
-    assert value("banjoray_request_seconds_count", route="/") == 3
+    assert value("banjoray_request_seconds_count", route="/", version="tiny@1") == 3
     for name in ("encode", "queue", "forward"):
         assert value(f"banjoray_{name}_seconds_count") == 2
     assert (value("banjoray_batch_rows_sum"), value("banjoray_batch_tokens_sum")) == (3, 10)
     # Of eight tokens in the first batch three are padding; in the second none is.
     assert value("banjoray_batch_padding_share_sum") == pytest.approx(3 / 8)
     assert value("banjoray_queued_rows") == 0
-    assert value("banjoray_model_info", model="tiny", version="tiny@1", run="first") == 1
+    assert value("banjoray_model_info", model="tiny", version="tiny@1", run="first", role="production") == 1
 
 
 def test_paths_that_are_not_ours_make_no_series_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
-"""The ``args`` of an application in a serve config: which model answers, and within what limits."""
+"""The ``args`` of an application in a serve config: which models answer, and within what limits."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from banjoray.config.section import Section
 
@@ -10,7 +10,10 @@ from banjoray.config.section import Section
 class ServeConfig(Section):
     """What one application serves."""
 
-    model: str = Field(description="name@version or name@alias, as emotion@production.")
+    model: str | None = Field(None, description="name@version or name@alias, as emotion@production.")
+    models: tuple[str, ...] = Field(
+        (), description="Several of them instead, each of another name; all are loaded into every replica."
+    )
     registry: str = Field("./registry", description="Folder or fsspec URL of the registry.")
     engine: Literal["auto", "torch", "onnx"] = Field(
         "auto", description="What computes; auto: the fastest whose answers agree with torch in fp32 on the probe rows."
@@ -50,3 +53,17 @@ class ServeConfig(Section):
     )
     access_log: bool = Field(True, description="Write a JSON line per request to stderr, without its texts.")
     log_texts: bool = Field(False, description="Write texts of requests, and messages of errors, to the log too.")
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        if (self.model is None) == (not self.models):
+            raise ValueError("found neither model nor models, or both; needed one of them")
+        names = [reference.partition("@")[0] for reference in self.references]
+        if len(set(names)) < len(names):
+            raise ValueError(f"models: found {list(self.models)}; needed another name for each of them")
+        return self
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """What is served, one or several."""
+        return self.models if self.model is None else (self.model,)

@@ -19,7 +19,7 @@ from banjoray.registry import Registry
 from banjoray.serving import ingress, routes
 from banjoray.serving.choosing import check_kind
 from banjoray.serving.engine import load
-from banjoray.serving.replica import Replica
+from banjoray.serving.replica import Replica, Slot
 from banjoray.serving.security import settled_keys
 from banjoray.training.signals import kept_sigterm
 from ray import serve
@@ -38,11 +38,13 @@ api = routes.application(_replica)
 @serve.deployment(name="Endpoint")
 @serve.ingress(api)
 class Endpoint:
-    """One replica of one version."""
+    """One replica."""
 
-    def __init__(self, config: ServeConfig, version: str) -> None:
-        engine = load(version, config.registry, config.engine, config.precision)
-        self.replica = Replica(engine, config, serve.get_replica_context().replica_id.unique_id)
+    def __init__(self, config: ServeConfig, versions: tuple[str, ...]) -> None:
+        self.replica = Replica(config, serve.get_replica_context().replica_id.unique_id)
+        for version in versions:
+            engine = load(version, config.registry, config.engine, config.precision)
+            self.replica.slots[engine.version.model] = Slot(self.replica.serve(engine))
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
@@ -54,8 +56,9 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     """
     config = validate(ServeConfig, args, "args")
     settled_keys(config.api_keys, "this cluster", "args")
-    version = Registry(config.registry).resolve(config.model)
-    application: serve.Application = Endpoint.bind(config, str(version))  # type: ignore[attr-defined]
+    registry = Registry(config.registry)
+    versions = tuple(str(registry.resolve(reference)) for reference in config.references)
+    application: serve.Application = Endpoint.bind(config, versions)  # type: ignore[attr-defined]
     return application
 
 
@@ -108,8 +111,8 @@ def read_config(file: str | Path, port: int | None) -> ServeDeploySchema:
             continue
         args = validate(ServeConfig, application.get("args") or {}, f"{file}: args")
         registry = args.registry if is_url(args.registry) else str(Path(args.registry).expanduser().absolute())
-        version = Registry(registry).resolve(args.model)
-        check_kind(args.engine, args.precision, version.task)
+        for reference in args.references:
+            check_kind(args.engine, args.precision, Registry(registry).resolve(reference).task)
         keys = settled_keys(args.api_keys, str(http["host"]), f"{file}: args")
         application["args"] = args.model_dump() | {"registry": registry, "api_keys": keys}
     try:

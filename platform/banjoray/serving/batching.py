@@ -74,6 +74,7 @@ class Batcher(Generic[Row, Output]):
         max_tokens: int,
         cost: Costs = FREE,
         target_s: float = math.inf,
+        thread: ThreadPoolExecutor | None = None,
     ) -> None:
         self._forward = forward
         self._limits = Limits(max_tokens, target_s)
@@ -81,7 +82,7 @@ class Batcher(Generic[Row, Output]):
         # By when they are due; the predicted seconds of all passes made so far are the clock.
         self._waiting: list[_Waiting[Row, Output]] = []
         self._spent = 0.0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="banjoray-forward")
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="banjoray-forward")
         self._worker: asyncio.Task[None] | None = None
 
     async def outputs(self, rows: Sequence[Row]) -> list[Output]:

@@ -1,97 +1,96 @@
-"""One loaded version that answers what requests ask, whatever protocol they came by. Knows nothing of Ray or HTTP."""
+"""What a replica answers with: a version or more of every model that it serves. Knows nothing of Ray or HTTP."""
 
-from collections.abc import AsyncGenerator, Sequence
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from banjoray.config.serve import ServeConfig
 from banjoray.data.tokens import Feature
-from banjoray.registry import ModelVersion
-from banjoray.serving.batching import Batcher
-from banjoray.serving.choosing import Chosen
-from banjoray.serving.encoding import encoded
+from banjoray.errors import RequestError
 from banjoray.serving.engine import Engine
-from banjoray.serving.limits import Entry, Queue
+from banjoray.serving.limits import Queue
 from banjoray.serving.security import NONE, Keys
-from banjoray.serving.telemetry import Telemetry
-from banjoray.tasks.task import Ask, Task
+from banjoray.serving.served import Served
+from banjoray.serving.shadow import Shadow
+from banjoray.serving.telemetry import Telemetry, current
 
 
 @dataclass(frozen=True)
-class Answered:
-    """An answer as the task has it, and what it was made of: the features of every row, the outputs of all of them."""
+class Slot:
+    """The versions of one model that a replica holds, and who answers: the candidate a share of requests, 0 to 1."""
 
-    body: Any
-    rows: Sequence[Sequence[Feature]]
-    outputs: Sequence[np.ndarray]
+    production: Served
+    previous: Served | None = None
+    candidate: Served | None = None
+    share: float = 0.0
+    shadow: Shadow | None = None
 
-    @property
-    def tokens_read(self) -> int:
-        """How many tokens the model was given, padding not counted."""
-        return sum(len(feature) for row in self.rows for feature in row)
+    def roles(self) -> Iterator[tuple[str, Served]]:
+        """Every version that is held, and as what."""
+        shadow = self.shadow.served if self.shadow else None
+        held = {"production": self.production, "previous": self.previous, "candidate": self.candidate, "shadow": shadow}
+        return ((role, served) for role, served in held.items() if served is not None)
+
+    def answering(self, request: str) -> Served:
+        """Who answers the request of this id; the same id is always answered by the same version."""
+        if self.candidate is None or _share_of(request) >= self.share:
+            return self.production
+        return self.candidate
 
 
 class Replica:
-    """Encodes the rows of a request, waits for their share of a batch, answers: the way of every protocol."""
+    """The models by their names, and what all of them share: keys, limits, telemetry, the thread of forward passes."""
 
-    def __init__(self, engine: Engine, limits: ServeConfig, name: str = "") -> None:
-        self._engine = engine
+    def __init__(self, limits: ServeConfig, name: str = "") -> None:
         self.limits = limits
         self.keys = None if limits.api_keys in (None, NONE) else Keys(limits.api_keys)
-        self.telemetry = Telemetry(limits, name, self._told)
+        self.slots: dict[str, Slot] = {}
+        self.telemetry = Telemetry(limits, name, self._versions)
         self._queue: Queue[Feature, np.ndarray] = Queue(limits, self.telemetry)
-        self._batcher: Batcher[Entry[Feature], np.ndarray] = Batcher(
-            self._queue.timed(engine.forward), limits.max_batch_tokens, engine.cost(), limits.latency_target_ms / 1000
-        )
-        self.headers = {"x-model-version": str(engine.version), "x-run-id": str(engine.version.lineage["run"])}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="banjoray-forward")
 
-    def _told(self) -> dict[str, str]:
-        """What answers now, for metrics and the log."""
-        version = self.version
-        return {"model": version.model, "version": str(version), "run": str(version.lineage["run"])}
+    def serve(self, engine: Engine) -> Served:
+        """What answers with an engine; it gets no requests before it stands in a slot."""
+        return Served(engine, self.limits, self._queue, self._thread)
 
-    @property
-    def version(self) -> ModelVersion:
-        """What answers."""
-        return self._engine.version
+    def pick(self, name: object = None) -> Served:
+        """Who answers the request that is answered here, for a model's name or name@version; the only model, for None.
 
-    @property
-    def chosen(self) -> Chosen:
-        """Which engine computes, and why."""
-        return self._engine.chosen
+        Raises RequestError: 404 for another model or version, 422 for no name where there are several.
+        """
+        found = self._found(name)
+        current().version = str(found.version)
+        return found
 
-    @property
-    def task(self) -> Task:
-        """What it was trained for."""
-        return self._engine.task
+    def _found(self, name: object) -> Served:
+        request = current().id
+        if name is None and len(self.slots) == 1:
+            (slot,) = self.slots.values()
+            return slot.answering(request)
+        model, at, number = name.partition("@") if isinstance(name, str) else ("", "", "")
+        asked = self.slots.get(model)
+        if asked is not None and not at:
+            return asked.answering(request)
+        if asked is not None:
+            # Not one that is only kept, or compared: nobody is meant to depend on those.
+            for each in (asked.production, asked.candidate):
+                if each is not None and str(each.version.version) == number:
+                    return each
+        served = " and ".join(f"'{name}' ('{slot.production.version}')" for name, slot in sorted(self.slots.items()))
+        if name is None:
+            raise RequestError(f"model: missing; this endpoint serves {served}")
+        raise RequestError(f"model: found {name!r:.100}; this endpoint serves {served}", 404)
 
-    @property
-    def labels(self) -> Sequence[str]:
-        """The names of its labels, in their order; none where its task has none."""
-        return self._engine.labels
+    def _versions(self) -> Iterator[dict[str, str]]:
+        for name, slot in self.slots.items():
+            for role, served in slot.roles():
+                run = str(served.version.lineage["run"])
+                yield {"model": name, "version": str(served.version), "run": run, "role": role}
 
-    @property
-    def tokenizer(self) -> Any:
-        """The version's own."""
-        return self._engine.tokenizer
 
-    @property
-    def max_length(self) -> int:
-        """How many tokens of a text it reads."""
-        return self._engine.max_length
-
-    async def answer(self, ask: Ask) -> Answered:
-        """The whole answer; raises RequestError: rows or parameters that can't be answered, or too many of them."""
-        rows = await self._encoded(ask)
-        outputs = await self._queue.outputs(self._batcher, [feature for row in rows for feature in row])
-        return Answered(self._engine.answer(ask, rows, outputs), rows, outputs)
-
-    async def stream(self, ask: Ask) -> AsyncGenerator[Any, None]:
-        """The pieces of the answer, as the task tells them; raises RequestError before the first of them."""
-        rows = await self._encoded(ask)
-        return self._queue.stream(self._batcher.stream(self._engine.streamed(ask, rows)))
-
-    async def _encoded(self, ask: Ask) -> list[list[Feature]]:
-        return await self._queue.encoded(lambda rows: encoded(self._engine, rows), ask.rows)
+def _share_of(request: str) -> float:
+    """A number from 0 to 1, evenly spread over ids."""
+    return int.from_bytes(hashlib.sha256(request.encode()).digest()[:7], "big") / 2**56

@@ -1,7 +1,7 @@
 """The HTTP application of a replica: what it says of itself, and every protocol's routes. Knows nothing of Ray."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -11,7 +11,8 @@ from starlette.types import Scope
 from banjoray.errors import RequestError
 from banjoray.serving.limits import Bounded
 from banjoray.serving.protocols import huggingface, kserve, openai, tei
-from banjoray.serving.replica import Replica
+from banjoray.serving.protocols.bodies import refusals
+from banjoray.serving.replica import Replica, Slot
 from banjoray.serving.security import Keyed
 from banjoray.serving.telemetry import Observed
 
@@ -86,18 +87,35 @@ def _about(replica: Callable[[], Replica]) -> APIRouter:
 
     @router.get("/", summary="What answers here")
     async def about() -> Response:
-        """The model's name, version, task and labels, the run it came from, and which engine answers and why."""
-        found = replica()
-        version = found.version
-        told = {
-            "model": version.model,
-            "version": version.version,
-            "task": version.task,
-            "labels": version.labels,
-            "metrics": dict(version.metrics),
-            "lineage": dict(version.lineage),
-            "engine": found.chosen.to_json(),
-        }
-        return JSONResponse(told, headers=found.headers)
+        """The model's name, version, task and labels, the run it came from, and which engine answers and why.
+
+        Of several models an object of the key "models", a list of those.
+        """
+        slots = replica().slots
+        told = [_told(slots[name]) for name in sorted(slots)]
+        if len(told) > 1:
+            return JSONResponse({"models": told})
+        (slot,) = slots.values()
+        return JSONResponse(told[0], headers=slot.production.headers)
+
+    @router.get("/models/{name}", summary="What answers for a model", responses=refusals(huggingface.ERROR))
+    async def about_model(name: str) -> Response:
+        """The same of one model, by its name."""
+        found = replica().pick(name)
+        return JSONResponse(_told(replica().slots[found.version.model]), headers=found.headers)
 
     return router
+
+
+def _told(slot: Slot) -> dict[str, Any]:
+    found = slot.production
+    version = found.version
+    return {
+        "model": version.model,
+        "version": version.version,
+        "task": version.task,
+        "labels": version.labels,
+        "metrics": dict(version.metrics),
+        "lineage": dict(version.lineage),
+        "engine": found.chosen.to_json(),
+    }

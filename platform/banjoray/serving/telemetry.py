@@ -29,6 +29,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 CLIENT_GONE = 499
+# Of a request that no version answered: for a page, or refused.
+NO_VERSION = "none"
 Refuse = Callable[[Scope, str, int, Mapping[str, str]], Response]
 """An error for whoever sent a request, as its protocol has it: scope, message, status, headers."""
 _KINDS = {
@@ -59,6 +61,7 @@ class Record:
     queue_s: float | None = None
     forward_s: float | None = None
     texts: Sequence[Any] | None = None
+    version: str | None = None
 
     def server_timing(self) -> str:
         """The value of the header Server-Timing, in milliseconds."""
@@ -92,27 +95,29 @@ class _Labelled:
 class Telemetry:
     """The metrics and the log of one replica.
 
-    ``version`` tells what answers now: model, version, run. ``write`` takes a line of the log.
+    ``versions`` tells what is held now, each a model, version, run and role. ``write`` takes a line of the log.
     """
 
     def __init__(
         self,
         config: ServeConfig,
         replica: str,
-        version: Callable[[], Mapping[str, str]],
+        versions: Callable[[], Iterable[Mapping[str, str]]],
         write: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
     ) -> None:
         self.log_texts = config.log_texts
         self._access_log = config.access_log
-        self._version = version
+        self._versions = versions
         self._write = write
         self._registry = CollectorRegistry()
         self._labelled = _Labelled(self._registry, {"replica": replica})
         self._registry.register(self)
-        self._requests = Counter("banjoray_requests", "Requests.", ("route", "status"), registry=self._registry)
+        self._requests = Counter(
+            "banjoray_requests", "Requests.", ("route", "status", "version"), registry=self._registry
+        )
         self._errors = Counter("banjoray_errors", "Requests that failed.", ("kind",), registry=self._registry)
         self._request = Histogram(
-            "banjoray_request_seconds", "End to end.", ("route",), buckets=SECONDS, registry=self._registry
+            "banjoray_request_seconds", "End to end.", ("route", "version"), buckets=SECONDS, registry=self._registry
         )
         self._encode = self._histogram("banjoray_encode_seconds", "Tokenising a request.", SECONDS)
         self._queue = self._histogram("banjoray_queue_seconds", "Wait of a request for its first batch.", SECONDS)
@@ -120,14 +125,21 @@ class Telemetry:
         self._batch_rows = self._histogram("banjoray_batch_rows", "Rows of a batch.", ROWS)
         self._batch_tokens = self._histogram("banjoray_batch_tokens", "Tokens of a batch, padding included.", TOKENS)
         self._padding = self._histogram("banjoray_batch_padding_share", "Share of padding in a batch.", SHARES)
+        self._shadow = Counter(
+            "banjoray_shadow_rows", "Rows compared.", ("version", "label", "same"), registry=self._registry
+        )
         self._queued = Gauge("banjoray_queued_rows", "Rows taken and not answered.", registry=self._registry)
 
     def _histogram(self, name: str, told: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(name, told, buckets=buckets, registry=self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """The metric that says which version answers."""
-        yield InfoMetricFamily("banjoray_model", "The version that answers.", value=dict(self._version()))
+        """The metric that says which versions are held, and as what."""
+        found = InfoMetricFamily("banjoray_model", "A version that is held.", labels=["role"])
+        for version in self._versions():
+            told = dict(version)
+            found.add_metric([told.pop("role")], told)
+        yield found
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format, each with the replica's name."""
@@ -149,8 +161,9 @@ class Telemetry:
         """Note the end of a request, whatever came of it."""
         route = getattr(scope.get("route"), "path", "none")
         seconds = time.perf_counter() - record.began
-        self._requests.labels(route, str(record.status)).inc()
-        self._request.labels(route).observe(seconds)
+        version = record.version or NO_VERSION
+        self._requests.labels(route, str(record.status), version).inc()
+        self._request.labels(route, version).observe(seconds)
         if record.encode_s is not None:
             self._encode.observe(record.encode_s)
         if record.queue_s is not None:
@@ -171,17 +184,32 @@ class Telemetry:
             "ms": round(seconds * 1000, 1),
             "rows": record.rows,
             "tokens": record.tokens,
-            "version": self._version()["version"],
         }
-        more = {"key": key, "error": kind, "texts": record.texts if self.log_texts else None}
+        more = {"version": record.version, "key": key, "error": kind, "texts": record.texts if self.log_texts else None}
         self._write(json.dumps(told | {name: value for name, value in more.items() if value is not None}, default=str))
 
     def failed(self, record: Record, error: BaseException) -> None:
         """Note a bug of ours: where it happened, and what it says only if texts may be logged."""
+        self._broken({"request_id": record.id}, error)
+
+    def broken(self, where: str, error: BaseException) -> None:
+        """Note what went wrong outside of any request, in the same way."""
+        self._broken({"where": where}, error)
+
+    def told(self, where: str, what: str) -> None:
+        """Note something that whoever runs the endpoint should know."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._write(json.dumps({"time": now, "level": "warning", "where": where, "message": what}))
+
+    def shadowed(self, version: str, label: str, same: bool) -> None:
+        """Note a row that a shadow was compared on, under the label that the answering version gave it."""
+        self._shadow.labels(version, label, "yes" if same else "no").inc()
+
+    def _broken(self, where: Mapping[str, str], error: BaseException) -> None:
         frames = traceback.extract_tb(error.__traceback__)
         told = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "request_id": record.id,
+            **where,
             "level": "error",
             "exception": type(error).__name__,
             "at": [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames],

@@ -7,14 +7,15 @@ from typing import Any
 
 from fastapi import Request
 
+from banjoray.config.serve import ServeConfig
 from banjoray.errors import RequestError
-from banjoray.serving.replica import Replica
+from banjoray.serving.served import Served
 from banjoray.tasks.task import Ask, Task
 
 
-async def body_of(request: Request, replica: Replica) -> bytes:
+async def body_of(request: Request, limits: ServeConfig) -> bytes:
     """The request's body; RequestError 413 as soon as it is known to be too large."""
-    limit = int(replica.limits.max_body_mib * 2**20)
+    limit = int(limits.max_body_mib * 2**20)
     too_large = RequestError(f"the body is larger than {limit / 2**20:g} MiB", 413)
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > limit:
@@ -54,11 +55,11 @@ def asked(inputs: Any, parameters: Mapping[str, Any], task: Task, max_rows: int)
     return ask
 
 
-def check_task(replica: Replica, fit: Sequence[str], path: str) -> None:
+def check_task(served: Served, fit: Sequence[str], path: str) -> None:
     """Refuse, with 400, to answer at a path that does not fit what the model was trained for."""
-    if replica.task.name not in fit:
+    if served.task.name not in fit:
         raise RequestError(
-            f"this model's task is {replica.task.name}; {path} is answered by models for {' or '.join(fit)}", 400
+            f"this model's task is {served.task.name}; {path} is answered by models for {' or '.join(fit)}", 400
         )
 
 

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 
 from banjoray.errors import RequestError
 from banjoray.serving.protocols.bodies import asked
-from banjoray.serving.replica import Replica
+from banjoray.serving.served import Served
 from banjoray.serving.streaming import BROKEN, EventStream, event, log_broken
 from banjoray.tasks.pieces import finish_reason
 from banjoray.tasks.settings import Settings
@@ -71,36 +71,36 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
 }
 
 
-async def answer(replica: Replica, body: Mapping[str, Any], form: Form) -> Response:
+async def answer(served: Served, body: Mapping[str, Any], form: Form) -> Response:
     """The answer to a request's body; raises RequestError, also for parameters that are not supported, by name."""
     parameters = _parameters(body, form)
     if form is CHAT:
         inputs: Any = {"messages": _messages(body.get("messages"))}
     else:
-        inputs = texts_of(body.get("prompt"), replica, "prompt")
-    ask = asked(inputs, parameters, replica.task, replica.limits.max_rows)
-    told = {"id": f"{form.prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": replica.version.model}
+        inputs = texts_of(body.get("prompt"), served, "prompt")
+    ask = asked(inputs, parameters, served.task, served.limits.max_rows)
+    told = {"id": f"{form.prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": served.version.model}
     if ask.stream:
         options = body.get("stream_options") or {}
         if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
             raise RequestError(f"stream_options: found {options!r:.100}; needed an object with include_usage")
         usage = true_or_false(options, "include_usage", False)
-        return EventStream(_chunks(await replica.stream(ask), ask, form, told, usage), replica.headers)
-    found = await replica.answer(ask)
+        return EventStream(_chunks(await served.stream(ask), ask, form, told, usage), served.headers)
+    found = await served.answer(ask)
     texts = [row["generated_text"] for row in found.body]
     choices = []
     written = [(output[0] if output.ndim == 2 else output).astype(np.int64).tolist() for output in found.outputs]
     for number, (text, ids, row) in enumerate(zip(texts, written, ask.rows, strict=True)):
-        reason = _reason(finish_reason(ids, row["settings"], replica.tokenizer))
+        reason = _reason(finish_reason(ids, row["settings"], served.tokenizer))
         said = Before(row["settings"].stop)
         text = said.more(text) + said.rest()
         what: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if form is CHAT else {"text": text}
         choices.append({"index": number} | what | {"logprobs": None, "finish_reason": reason})
     told |= {"object": form.object, "choices": choices, "usage": _usage(found.tokens_read, sum(map(len, written)))}
-    return JSONResponse(told, headers=replica.headers)
+    return JSONResponse(told, headers=served.headers)
 
 
-def texts_of(found: Any, replica: Replica, where: str) -> str | list[str]:
+def texts_of(found: Any, served: Served, where: str) -> str | list[str]:
     """A text or texts of a request; token ids are read as the text that they stand for.
 
     Raises RequestError: another shape, ids that are not the tokenizer's, too many texts.
@@ -110,12 +110,12 @@ def texts_of(found: Any, replica: Replica, where: str) -> str | list[str]:
     if not isinstance(found, list) or not found:
         raise RequestError(f"{where}: found {found!r:.100}; needed a text, a list of texts, or token ids")
     if all(_whole(number) for number in found):
-        return _text(found, replica, where)
-    if len(found) > replica.limits.max_rows:
-        limit = replica.limits.max_rows
+        return _text(found, served, where)
+    if len(found) > served.limits.max_rows:
+        limit = served.limits.max_rows
         raise RequestError(f"{where}: found {len(found)} rows; this endpoint takes {limit} in one request", 413)
     rows = enumerate(found)
-    return [row if isinstance(row, str) else _text(row, replica, f"{where}[{place}]") for place, row in rows]
+    return [row if isinstance(row, str) else _text(row, served, f"{where}[{place}]") for place, row in rows]
 
 
 class Before:
@@ -254,9 +254,9 @@ def _whole(found: Any) -> bool:
     return isinstance(found, int) and not isinstance(found, bool)
 
 
-def _text(ids: Any, replica: Replica, where: str) -> str:
-    known = len(replica.tokenizer)
+def _text(ids: Any, served: Served, where: str) -> str:
+    known = len(served.tokenizer)
     if not isinstance(ids, list) or not ids or not all(_whole(number) and 0 <= number < known for number in ids):
         raise RequestError(f"{where}: found {ids!r:.100}; needed a text, or token ids from 0 to {known - 1}")
-    text: str = replica.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text: str = served.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text

@@ -33,7 +33,7 @@ _BODY = {
         "stream": {"type": "boolean", "description": "text-generation: an event per token; one text, no beams."},
     },
 }
-_ERROR = {"type": "object", "properties": {"error": {"type": "string"}}}
+ERROR = {"type": "object", "properties": {"error": {"type": "string"}}}
 _DOCUMENTED: dict[str, Any] = {
     "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": _BODY}}}},
     "responses": {
@@ -43,7 +43,7 @@ _DOCUMENTED: dict[str, Any] = {
         }
     }
     | {
-        status: {"description": text, "content": {"application/json": {"schema": _ERROR}}}
+        status: {"description": text, "content": {"application/json": {"schema": ERROR}}}
         for status, text in {
             400: "Not JSON.",
             401: "No known key.",
@@ -59,21 +59,18 @@ _DOCUMENTED: dict[str, Any] = {
 
 
 def routes(replica: Callable[[], Replica]) -> APIRouter:
-    """``POST /`` and ``POST /models/{name}``."""
+    """``POST /``, where there is one model, and ``POST /models/{name}``."""
     router = APIRouter(tags=["Hugging Face"])
 
     @router.post("/", summary="Answer rows", **_DOCUMENTED)
     async def answer(request: Request) -> Response:
         """Hugging Face's inference schema for the task that the model was trained for."""
-        return await _answer(replica(), request)
+        return await _answer(replica(), request, None)
 
     @router.post("/models/{name}", summary="Answer rows, by the model's name", **_DOCUMENTED)
     async def answer_model(name: str, request: Request) -> Response:
         """The same as ``POST /``, at the path that `huggingface_hub.InferenceClient` uses."""
-        served = replica().version.model
-        if name != served:
-            raise RequestError(f"no model '{name}' here; this endpoint serves '{served}'", 404)
-        return await _answer(replica(), request)
+        return await _answer(replica(), request, name)
 
     return router
 
@@ -83,11 +80,12 @@ def refusal(message: str, status: int) -> JSONResponse:
     return JSONResponse({"error": message}, status)
 
 
-async def _answer(replica: Replica, request: Request) -> Response:
-    ask = parse(await body_of(request, replica), replica.task, replica.limits.max_rows)
+async def _answer(replica: Replica, request: Request, name: str | None) -> Response:
+    served = replica.pick(name)
+    ask = parse(await body_of(request, replica.limits), served.task, replica.limits.max_rows)
     if ask.stream:
-        return EventStream(events(await replica.stream(ask)), replica.headers)
-    return JSONResponse((await replica.answer(ask)).body, headers=replica.headers)
+        return EventStream(events(await served.stream(ask)), served.headers)
+    return JSONResponse((await served.answer(ask)).body, headers=served.headers)
 
 
 def parse(body: bytes, task: Task, max_rows: int) -> Ask:

@@ -19,6 +19,7 @@ from banjoray.errors import RequestError
 from banjoray.serving.protocols.bodies import asked, body_of, documented, json_object, refusals
 from banjoray.serving.protocols.tensors import Tensor, header_length, packed, read_tensors
 from banjoray.serving.replica import Replica
+from banjoray.serving.served import Served
 from banjoray.tasks.task import Task, true_or_false
 
 PATHS: tuple[str, ...] = ("/v2", "/v2/")
@@ -55,37 +56,37 @@ _REFUSALS = refusals(_ERROR)
 def routes(replica: Callable[[], Replica]) -> APIRouter:
     """``/v2`` and everything under it."""
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
-    _add_server(router, replica)
+    _add_server(router)
 
     @router.get("/models/{name}", summary="What a model reads and answers", responses=_REFUSALS)
     async def model(name: str) -> Response:
         """Its tensors."""
-        return _about(replica(), name, None)
+        return _about(_picked(replica(), name, None))
 
     @router.get("/models/{name}/versions/{version}", summary="The same of a version", responses=_REFUSALS)
     async def model_version(name: str, version: str) -> Response:
         """Its tensors."""
-        return _about(replica(), name, version)
+        return _about(_picked(replica(), name, version))
 
     @router.get("/models/{name}/ready", summary="Whether a model answers", responses=_REFUSALS)
     async def ready(name: str) -> Response:
         """200 if it does."""
-        return _ready(replica(), name, None)
+        return _ready(_picked(replica(), name, None))
 
     @router.get("/models/{name}/versions/{version}/ready", summary="The same of a version", responses=_REFUSALS)
     async def version_ready(name: str, version: str) -> Response:
         """200 if it does."""
-        return _ready(replica(), name, version)
+        return _ready(_picked(replica(), name, version))
 
     @router.post("/models/{name}/infer", summary="Answer tensors", **_INFER)
     async def infer(name: str, request: Request) -> Response:
         """By the version that this endpoint serves."""
-        return await _infer(replica(), request, name, None)
+        return await _infer(_picked(replica(), name, None), request)
 
     @router.post("/models/{name}/versions/{version}/infer", summary="The same, by a version", **_INFER)
     async def infer_version(name: str, version: str, request: Request) -> Response:
         """If it is the one that this endpoint serves."""
-        return await _infer(replica(), request, name, version)
+        return await _infer(_picked(replica(), name, version), request)
 
     return router
 
@@ -95,12 +96,12 @@ def refusal(message: str, status: int) -> JSONResponse:
     return JSONResponse({"error": message}, 400 if status == 422 else status)
 
 
-def _add_server(router: APIRouter, replica: Callable[[], Replica]) -> None:
+def _add_server(router: APIRouter) -> None:
     @router.get("", summary="What this server is")
     async def server() -> Response:
         """Its name, version and extensions of the protocol."""
         told = {"name": "banjoray", "version": __version__, "extensions": ["binary_tensor_data"]}
-        return JSONResponse(told, headers=replica().headers)
+        return JSONResponse(told)
 
     @router.get("/health/live", summary="Whether the server runs")
     async def live() -> dict[str, bool]:
@@ -113,33 +114,27 @@ def _add_server(router: APIRouter, replica: Callable[[], Replica]) -> None:
         return {"ready": True}
 
 
-def _check(replica: Replica, name: str, version: str | None) -> None:
-    served = replica.version
-    if name != served.model:
-        raise RequestError(f"no model '{name}' here; this endpoint serves '{served.model}'", 404)
-    if version is not None and version != str(served.version):
-        raise RequestError(f"no version '{version}' of '{name}' here; this endpoint serves {served.version}", 404)
+def _picked(replica: Replica, name: str, version: str | None) -> Served:
+    return replica.pick(name if version is None else f"{name}@{version}")
 
 
-def _ready(replica: Replica, name: str, version: str | None) -> Response:
-    _check(replica, name, version)
-    return JSONResponse({"name": name, "ready": True}, headers=replica.headers)
+def _ready(served: Served) -> Response:
+    return JSONResponse({"name": served.version.model, "ready": True}, headers=served.headers)
 
 
-def _about(replica: Replica, name: str, version: str | None) -> Response:
-    _check(replica, name, version)
-    inputs = [key for key in _reads(replica.task) if key != "text_pair"]
+def _about(served: Served) -> Response:
+    inputs = [key for key in _reads(served.task) if key != "text_pair"]
     told = {
-        "name": name,
-        "versions": [str(replica.version.version)],
+        "name": served.version.model,
+        "versions": [str(served.version.version)],
         "platform": "banjoray",
         "inputs": [{"name": key, "datatype": "BYTES", "shape": [-1]} for key in inputs],
         "outputs": [
             {"name": key, "datatype": "BYTES" if key in ("label", "answer") else "FP32", "shape": shape}
-            for key, shape in _writes(replica).items()
+            for key, shape in _writes(served).items()
         ],
     }
-    return JSONResponse(told, headers=replica.headers)
+    return JSONResponse(told, headers=served.headers)
 
 
 def _reads(task: Task) -> tuple[str, ...]:
@@ -151,19 +146,18 @@ def _reads(task: Task) -> tuple[str, ...]:
     return ("text",)
 
 
-def _writes(replica: Replica) -> dict[str, list[int]]:
+def _writes(served: Served) -> dict[str, list[int]]:
     """Output -> its shape, -1 for what depends on the request or the model."""
-    match replica.task.name:
+    match served.task.name:
         case "text-classification":
-            return {"label": [-1], "score": [-1], "scores": [-1, max(1, len(replica.labels))]}
+            return {"label": [-1], "score": [-1], "scores": [-1, max(1, len(served.labels))]}
         case "feature-extraction":
             return {"embedding": [-1, -1]}
     return {"answer": [-1]}
 
 
-async def _infer(replica: Replica, request: Request, name: str, version: str | None) -> Response:
-    _check(replica, name, version)
-    whole = await body_of(request, replica)
+async def _infer(served: Served, request: Request) -> Response:
+    whole = await body_of(request, served.limits)
     length = header_length(request.headers.get("inference-header-content-length"), len(whole))
     body = json_object(whole[:length], '{"inputs": [...]}')
     ident = body.get("id")
@@ -174,16 +168,19 @@ async def _infer(replica: Replica, request: Request, name: str, version: str | N
         raise RequestError(f"parameters: found {type(parameters).__name__}; needed an object")
     binary = true_or_false(parameters, "binary_data_output", False)
     own = {key: value for key, value in parameters.items() if key != "binary_data_output"}
-    wanted = _wanted(body.get("outputs"), list(_writes(replica)), binary)
-    rows = _rows(read_tensors(body.get("inputs"), whole[length:], replica.limits.max_rows), replica.task)
-    if replica.task.name == "text-classification" and "top_k" in own:
+    wanted = _wanted(body.get("outputs"), list(_writes(served)), binary)
+    rows = _rows(read_tensors(body.get("inputs"), whole[length:], served.limits.max_rows), served.task)
+    if served.task.name == "text-classification" and "top_k" in own:
         raise RequestError("parameters.top_k: is not known here; label is the best, and scores has all of them")
-    ask = asked(rows, own, replica.task, replica.limits.max_rows)
+    ask = asked(rows, own, served.task, served.limits.max_rows)
     if ask.stream:
         raise RequestError("parameters.stream: found true; whole answers are sent here, leave it out")
-    found = _outputs(replica, (await replica.answer(ask)).body)
-    head = {"model_name": name, "model_version": str(replica.version.version)} | ({"id": ident} if ident else {})
-    return packed(head, {key: (found[key], form) for key, form in wanted.items()}, replica.headers)
+    found = _outputs(served, (await served.answer(ask)).body)
+    version = served.version
+    head: dict[str, Any] = {"model_name": version.model, "model_version": str(version.version)} | (
+        {"id": ident} if ident else {}
+    )
+    return packed(head, {key: (found[key], form) for key, form in wanted.items()}, served.headers)
 
 
 def _rows(tensors: Mapping[str, Sequence[str]], task: Task) -> list[Any]:
@@ -216,11 +213,11 @@ def _wanted(found: Any, known: Sequence[str], binary: bool) -> dict[str, bool]:
     return wanted
 
 
-def _outputs(replica: Replica, answers: list[Any]) -> dict[str, Tensor]:
+def _outputs(served: Served, answers: list[Any]) -> dict[str, Tensor]:
     """The output tensors of the answers of all rows."""
-    match replica.task.name:
+    match served.task.name:
         case "text-classification":
-            labels = list(replica.labels) or [answers[0][0]["label"]]
+            labels = list(served.labels) or [answers[0][0]["label"]]
             tables = [{entry["label"]: entry["score"] for entry in row} for row in answers]
             return {
                 "label": [row[0]["label"] for row in answers],

@@ -14,6 +14,7 @@ from banjoray.errors import RequestError
 from banjoray.serving.protocols import completions
 from banjoray.serving.protocols.bodies import asked, body_of, check_task, documented, in_words, json_object, refusals
 from banjoray.serving.replica import Replica
+from banjoray.serving.served import Served
 
 PATHS: tuple[str, ...] = ("/v1/",)
 # OpenAI's own codes for some statuses.
@@ -67,17 +68,16 @@ def routes(replica: Callable[[], Replica]) -> APIRouter:
     """``/v1/models``, ``/v1/embeddings``, ``/v1/completions`` and ``/v1/chat/completions``."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
-    @router.get("/models", summary="The model that answers here")
+    @router.get("/models", summary="The models that answer here")
     async def models() -> Response:
-        """A list of one."""
-        found = replica()
-        return JSONResponse({"object": "list", "data": [_model(found)]}, headers=found.headers)
+        """All of them, by their names."""
+        slots = replica().slots
+        return JSONResponse({"object": "list", "data": [_model(slots[name].production) for name in sorted(slots)]})
 
     @router.get("/models/{name}", summary="One model", responses=refusals(_ERROR))
     async def model(name: str) -> Response:
         """By its name, or its name@version."""
-        found = replica()
-        check_model(found, name)
+        found = replica().pick(name)
         return JSONResponse(_model(found), headers=found.headers)
 
     @router.post("/embeddings", summary="Vectors of texts", **_EMBEDDINGS)
@@ -113,15 +113,8 @@ def refusal(message: str, status: int) -> JSONResponse:
     return JSONResponse({"error": told}, status)
 
 
-def check_model(replica: Replica, name: Any) -> None:
-    """Refuse, with 404, a request for another model than the one that answers."""
-    served = replica.version
-    if name is not None and name not in (served.model, str(served)):
-        raise RequestError(f"model: found {name!r:.100}; this endpoint serves '{served.model}' ('{served}')", 404)
-
-
-def _model(replica: Replica) -> dict[str, Any]:
-    version = replica.version
+def _model(served: Served) -> dict[str, Any]:
+    version = served.version
     created = datetime.fromisoformat(version.created)
     return {
         "id": version.model,
@@ -134,9 +127,9 @@ def _model(replica: Replica) -> dict[str, Any]:
 
 
 async def _embeddings(replica: Replica, request: Request) -> Response:
-    body = json_object(await body_of(request, replica), '{"input": ...}')
-    check_model(replica, body.get("model"))
-    check_task(replica, ("feature-extraction",), "/v1/embeddings")
+    body = json_object(await body_of(request, replica.limits), '{"input": ...}')
+    served = replica.pick(body.get("model"))
+    check_task(served, ("feature-extraction",), "/v1/embeddings")
     known = ("model", "input", "encoding_format", "dimensions", "user")
     for key in body:
         if key not in known:
@@ -144,17 +137,17 @@ async def _embeddings(replica: Replica, request: Request) -> Response:
     form = body.get("encoding_format") or "float"
     if form not in ("float", "base64"):
         raise RequestError(f"encoding_format: found {form!r:.100}; needed float or base64")
-    texts = completions.texts_of(body.get("input"), replica, "input")
-    ask = asked(texts, {"dimensions": body.get("dimensions")}, replica.task, replica.limits.max_rows)
-    answered = await replica.answer(ask)
+    texts = completions.texts_of(body.get("input"), served, "input")
+    ask = asked(texts, {"dimensions": body.get("dimensions")}, served.task, replica.limits.max_rows)
+    answered = await served.answer(ask)
     vectors = [_told(vector) if form == "base64" else vector for vector in answered.body]
     told = {
         "object": "list",
         "data": [{"object": "embedding", "index": n, "embedding": vector} for n, vector in enumerate(vectors)],
-        "model": replica.version.model,
+        "model": served.version.model,
         "usage": {"prompt_tokens": answered.tokens_read, "total_tokens": answered.tokens_read},
     }
-    return JSONResponse(told, headers=replica.headers)
+    return JSONResponse(told, headers=served.headers)
 
 
 def _told(vector: list[float]) -> str:
@@ -162,7 +155,7 @@ def _told(vector: list[float]) -> str:
 
 
 async def _completed(replica: Replica, request: Request, form: completions.Form) -> Response:
-    body = json_object(await body_of(request, replica), f'{{"{form.asks}": ...}}')
-    check_model(replica, body.get("model"))
-    check_task(replica, ("text-generation",), form.path)
-    return await completions.answer(replica, body, form)
+    body = json_object(await body_of(request, replica.limits), f'{{"{form.asks}": ...}}')
+    served = replica.pick(body.get("model"))
+    check_task(served, ("text-generation",), form.path)
+    return await completions.answer(served, body, form)

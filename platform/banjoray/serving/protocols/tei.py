@@ -10,6 +10,7 @@ from banjoray import __version__
 from banjoray.errors import RequestError
 from banjoray.serving.protocols.bodies import asked, body_of, check_task, documented, in_words, json_object, refusals
 from banjoray.serving.replica import Replica
+from banjoray.serving.served import Served
 from banjoray.tasks.task import true_or_false
 
 PATHS: tuple[str, ...] = ("/embed", "/rerank", "/predict", "/info")
@@ -55,29 +56,29 @@ _PREDICT = documented(
 
 
 def routes(replica: Callable[[], Replica]) -> APIRouter:
-    """``/embed``, ``/rerank``, ``/predict`` and ``/info``."""
+    """``/embed``, ``/rerank``, ``/predict`` and ``/info``, where there is one model: no request names one."""
     router = APIRouter(tags=["text-embeddings-inference"])
 
     @router.post("/embed", summary="Vectors of texts", **_EMBED)
     async def embed(request: Request) -> Response:
         """For feature-extraction models; vectors are one long unless normalize is false."""
-        return await _embed(replica(), request)
+        return await _embed(replica().pick(), request)
 
     @router.post("/rerank", summary="Texts by how well they fit a query", **_RERANK)
     async def rerank(request: Request) -> Response:
         """By the cosine of feature-extraction models, or the number that a regression on pairs gives."""
         with in_words(_RERANK_WORDS):
-            return await _rerank(replica(), request)
+            return await _rerank(replica().pick(), request)
 
     @router.post("/predict", summary="Labels of texts", **_PREDICT)
     async def predict(request: Request) -> Response:
         """For text-classification models."""
-        return await _predict(replica(), request)
+        return await _predict(replica().pick(), request)
 
     @router.get("/info", summary="What answers here", responses=refusals(_ERROR))
     async def info() -> Response:
         """The model, and how much of it can be asked at once."""
-        found = replica()
+        found = replica().pick()
         return JSONResponse(_info(found), headers=found.headers)
 
     return router
@@ -89,21 +90,21 @@ def refusal(message: str, status: int) -> JSONResponse:
     return JSONResponse({"error": message, "error_type": kind}, status)
 
 
-async def _embed(replica: Replica, request: Request) -> Response:
-    body = await _read(replica, request, ("inputs", "normalize", "dimensions", "prompt_name", *_CUTTING), "inputs")
-    check_task(replica, ("feature-extraction",), "/embed")
+async def _embed(served: Served, request: Request) -> Response:
+    body = await _read(served, request, ("inputs", "normalize", "dimensions", "prompt_name", *_CUTTING), "inputs")
+    check_task(served, ("feature-extraction",), "/embed")
     inputs = body.pop("inputs")
     if isinstance(inputs, dict):
         raise RequestError("inputs: found an object; needed a text, or a list of texts")
     parameters = body | {"normalize": true_or_false(body, "normalize", True)}
-    answered = await replica.answer(asked(inputs, parameters, replica.task, replica.limits.max_rows))
-    return JSONResponse(answered.body, headers=replica.headers)
+    answered = await served.answer(asked(inputs, parameters, served.task, served.limits.max_rows))
+    return JSONResponse(answered.body, headers=served.headers)
 
 
-async def _rerank(replica: Replica, request: Request) -> Response:
-    body = await _read(replica, request, ("query", "texts", "return_text", "raw_scores", *_CUTTING), "query", "texts")
+async def _rerank(served: Served, request: Request) -> Response:
+    body = await _read(served, request, ("query", "texts", "return_text", "raw_scores", *_CUTTING), "query", "texts")
     raw, told = true_or_false(body, "raw_scores", False), true_or_false(body, "return_text", False)
-    query, texts, task, most = body["query"], body["texts"], replica.task, replica.limits.max_rows
+    query, texts, task, most = body["query"], body["texts"], served.task, served.limits.max_rows
     if not isinstance(texts, list) or not texts:
         raise RequestError(f"texts: found {type(texts).__name__}; needed a list with a text or more")
     if len(texts) > most:
@@ -111,30 +112,30 @@ async def _rerank(replica: Replica, request: Request) -> Response:
     if task.problem_type == "regression":
         _check_cut(body)
         pairs = [{"text": query, "text_pair": text} for text in texts]
-        found = await replica.answer(asked(pairs, {"function_to_apply": "none" if raw else "sigmoid"}, task, most))
+        found = await served.answer(asked(pairs, {"function_to_apply": "none" if raw else "sigmoid"}, task, most))
         scores = [row[0]["score"] for row in found.body]
     else:
-        check_task(replica, ("feature-extraction",), "/rerank")
+        check_task(served, ("feature-extraction",), "/rerank")
         cutting = {key: body.get(key) for key in _CUTTING}
         ask = asked({"source_sentence": query, "sentences": texts}, cutting, task, most + 1)
-        cosines = (await replica.answer(ask)).body
+        cosines = (await served.answer(ask)).body
         scores = cosines if raw else [(1 + cosine) / 2 for cosine in cosines]
     order = sorted(range(len(texts)), key=lambda number: -scores[number])
     ranks = [{"index": n, "score": scores[n]} | ({"text": texts[n]} if told else {}) for n in order]
-    return JSONResponse(ranks, headers=replica.headers)
+    return JSONResponse(ranks, headers=served.headers)
 
 
-async def _predict(replica: Replica, request: Request) -> Response:
-    body = await _read(replica, request, ("inputs", "raw_scores", *_CUTTING), "inputs")
-    check_task(replica, ("text-classification",), "/predict")
+async def _predict(served: Served, request: Request) -> Response:
+    body = await _read(served, request, ("inputs", "raw_scores", *_CUTTING), "inputs")
+    check_task(served, ("text-classification",), "/predict")
     _check_cut(body)
     raw, inputs = true_or_false(body, "raw_scores", False), body["inputs"]
     single = not isinstance(inputs, list) or any(isinstance(text, str) for text in inputs)
     rows = [_row(inputs, "inputs")] if single else [_row(row, f"inputs[{n}]") for n, row in enumerate(inputs)]
     parameters = {"function_to_apply": "none"} if raw else {}
-    answered = await replica.answer(asked(rows, parameters, replica.task, replica.limits.max_rows))
+    answered = await served.answer(asked(rows, parameters, served.task, served.limits.max_rows))
     told = [[{"label": entry["label"], "score": entry["score"]} for entry in row] for row in answered.body]
-    return JSONResponse(told[0] if single else told, headers=replica.headers)
+    return JSONResponse(told[0] if single else told, headers=served.headers)
 
 
 def _row(found: Any, where: str) -> Any:
@@ -148,9 +149,9 @@ def _row(found: Any, where: str) -> Any:
     return dict(zip(("text", "text_pair"), texts, strict=False))
 
 
-async def _read(replica: Replica, request: Request, known: tuple[str, ...], *needed: str) -> dict[str, Any]:
+async def _read(served: Served, request: Request, known: tuple[str, ...], *needed: str) -> dict[str, Any]:
     """The object in the body, its keys checked."""
-    body = json_object(await body_of(request, replica), " and ".join(f"'{key}'" for key in needed))
+    body = json_object(await body_of(request, served.limits), " and ".join(f"'{key}'" for key in needed))
     unknown, missing = sorted(set(body) - set(known)), [key for key in needed if key not in body]
     if unknown or missing:
         raise RequestError(f"the body holds keys {sorted(body)!r:.200}; needed {', '.join(needed)}, known are {known}")
@@ -165,21 +166,21 @@ def _check_cut(body: dict[str, Any]) -> None:
         raise RequestError(f"truncation_direction: found {body['truncation_direction']!r:.100}; needed Right")
 
 
-def _info(replica: Replica) -> dict[str, Any]:
-    names = dict(enumerate(replica.labels))
+def _info(served: Served) -> dict[str, Any]:
+    names = dict(enumerate(served.labels))
     kinds: dict[str, Any] = {
         "feature-extraction": {"embedding": {}},
         "text-classification": {"classifier": {"id2label": names, "label2id": {v: k for k, v in names.items()}}},
     }
-    kind = {"reranker": {}} if replica.task.problem_type == "regression" else kinds.get(replica.task.name, {})
+    kind = {"reranker": {}} if served.task.problem_type == "regression" else kinds.get(served.task.name, {})
     return {
-        "model_id": replica.version.model,
-        "model_sha": replica.version.digest,
-        "model_pipeline_tag": replica.task.name,
+        "model_id": served.version.model,
+        "model_sha": served.version.digest,
+        "model_pipeline_tag": served.task.name,
         "model_type": kind,
-        "max_input_length": replica.max_length,
-        "max_batch_tokens": replica.limits.max_batch_tokens,
-        "max_client_batch_size": replica.limits.max_rows,
+        "max_input_length": served.max_length,
+        "max_batch_tokens": served.limits.max_batch_tokens,
+        "max_client_batch_size": served.limits.max_rows,
         "auto_truncate": True,
         "version": __version__,
     }

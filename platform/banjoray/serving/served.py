@@ -1,0 +1,109 @@
+"""One loaded version that answers what requests ask, whatever protocol they came by. Knows nothing of Ray or HTTP."""
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from banjoray.config.serve import ServeConfig
+from banjoray.data.tokens import Feature
+from banjoray.registry import ModelVersion
+from banjoray.serving.batching import Batcher
+from banjoray.serving.choosing import Chosen
+from banjoray.serving.encoding import encoded
+from banjoray.serving.engine import Engine
+from banjoray.serving.limits import Entry, Queue
+from banjoray.tasks.task import Ask, Task
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer as the task has it, and what it was made of: the features of every row, the outputs of all of them."""
+
+    body: Any
+    rows: Sequence[Sequence[Feature]]
+    outputs: Sequence[np.ndarray]
+
+    @property
+    def tokens_read(self) -> int:
+        """How many tokens the model was given, padding not counted."""
+        return sum(len(feature) for row in self.rows for feature in row)
+
+
+class Served:
+    """Encodes the rows of a request, waits for their share of a batch, answers: the way of every protocol.
+
+    ``queue`` and ``thread``, where forward passes run one after the other, are those of the replica. Measures the
+    engine's passes when it is made, which takes a moment.
+    """
+
+    def __init__(
+        self, engine: Engine, limits: ServeConfig, queue: Queue[Feature, np.ndarray], thread: ThreadPoolExecutor
+    ) -> None:
+        self.engine = engine
+        self.limits = limits
+        self._queue = queue
+        self._batcher: Batcher[Entry[Feature], np.ndarray] = Batcher(
+            queue.timed(engine.forward), limits.max_batch_tokens, engine.cost(), limits.latency_target_ms / 1000, thread
+        )
+        self.headers = {"x-model-version": str(engine.version), "x-run-id": str(engine.version.lineage["run"])}
+        self.told: Callable[[Ask, Answered], None] = _nobody
+        """Is told of every whole answer, and must not wait."""
+
+    @property
+    def version(self) -> ModelVersion:
+        """What answers."""
+        return self.engine.version
+
+    @property
+    def chosen(self) -> Chosen:
+        """Which engine computes, and why."""
+        return self.engine.chosen
+
+    @property
+    def task(self) -> Task:
+        """What it was trained for."""
+        return self.engine.task
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The names of its labels, in their order; none where its task has none."""
+        return self.engine.labels
+
+    @property
+    def tokenizer(self) -> Any:
+        """The version's own."""
+        return self.engine.tokenizer
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens of a text it reads."""
+        return self.engine.max_length
+
+    async def answer(self, ask: Ask) -> Answered:
+        """The whole answer; raises RequestError: rows or parameters that can't be answered, or too many of them."""
+        rows = await self._encoded(ask)
+        outputs = await self._queue.outputs(self._batcher, [feature for row in rows for feature in row])
+        answered = Answered(self.engine.answer(ask, rows, outputs), rows, outputs)
+        self.told(ask, answered)
+        return answered
+
+    async def beside(self, ask: Ask) -> Answered:
+        """The same for nobody: it is not counted, timed or told as a request's."""
+        rows = await encoded(self.engine, ask.rows)
+        outputs = await self._batcher.outputs([Entry(feature) for row in rows for feature in row])
+        return Answered(self.engine.answer(ask, rows, outputs), rows, outputs)
+
+    async def stream(self, ask: Ask) -> AsyncGenerator[Any, None]:
+        """The pieces of the answer, as the task tells them; raises RequestError before the first of them."""
+        rows = await self._encoded(ask)
+        return self._queue.stream(self._batcher.stream(self.engine.streamed(ask, rows)))
+
+    async def _encoded(self, ask: Ask) -> list[list[Feature]]:
+        return await self._queue.encoded(lambda rows: encoded(self.engine, rows), ask.rows)
+
+
+def _nobody(ask: Ask, answered: Answered) -> None:
+    """No shadow compares."""
