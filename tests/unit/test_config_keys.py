@@ -9,6 +9,7 @@ import pytest
 
 import banjoray
 from banjoray.config.job import JobConfig
+from banjoray.config.rollout import Rollout
 from banjoray.config.section import Section, validate
 from banjoray.config.serve import ServeConfig
 
@@ -75,7 +76,8 @@ def sections(kind: type[Section]) -> Iterator[type[Section]]:
         yield from inside(field.annotation)
 
 
-ALL_SECTIONS = sorted({*sections(JobConfig), *sections(ServeConfig)}, key=lambda kind: kind.__name__)
+FILES = (JobConfig, ServeConfig, Rollout)
+ALL_SECTIONS = sorted({kind for whole in FILES for kind in sections(whole)}, key=lambda kind: kind.__name__)
 
 
 def names_read(source: str) -> set[str]:
@@ -98,7 +100,7 @@ def test_the_search_for_readers_sees_reads_only() -> None:
     assert names_read(source) == {"a", "b", "e", "f"}
 
 
-@pytest.mark.parametrize("kind", [JobConfig, ServeConfig], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", FILES, ids=lambda kind: kind.__name__)
 def test_the_json_schema_describes_every_key(kind: type[Section]) -> None:
     schema = kind.model_json_schema()
     defined = schema.get("$defs", {})

@@ -71,7 +71,7 @@ class Made:
 
     def probe(self) -> Probe:
         write_probe(self.ready.splits.validation, 256, self.folder)
-        found = probe_for(self.folder, self.task, self.tokenizer, self.model.config, self.job)
+        found = probe_for(read_probe(self.folder), self.task, self.tokenizer, self.model.config, self.job)
         assert found is not None
         return found
 
@@ -95,8 +95,8 @@ def numbers(found: Any) -> list[float]:
 def test_onnx_runtime_gives_the_answers_of_torch_alone_and_in_batches(made: tuple[Made, Any]) -> None:
     found, inputs = made
     plain, graph = found.engine(PLAIN), found.engine(Kind("onnx", "fp32"))
-    assert type(graph._model) is onnx.OnnxModel
-    assert type(graph._model._session).__module__.startswith("onnxruntime")
+    assert type(graph.model) is onnx.OnnxModel
+    assert type(graph.model._session).__module__.startswith("onnxruntime")
     request = {"inputs": inputs}
     expected = numbers(ask(plain, request))
     assert len(set(expected)) > 3
@@ -217,7 +217,7 @@ def test_the_fastest_that_agrees_answers_and_the_next_start_does_not_measure_aga
     monkeypatch.setattr(engines, "choose", lambda *_: pytest.fail("it was measured again"))
     again = load(reference, job.registry.root, "auto", "auto")
     assert again.chosen == found.chosen
-    assert type(again._model) is onnx.OnnxModel
+    assert type(again.model) is onnx.OnnxModel
     # What is kept stands in the registry and is no part of a version.
     assert Registry(job.registry.root).models() == ["tiny"]
 

@@ -54,7 +54,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def model_of(engine: Engine) -> Any:
-    return engine._model
+    return engine.model
 
 
 def writing(engine: Engine, inputs: Any, parameters: dict[str, Any]) -> Callable[[Callable[[Any], None]], None]:

@@ -12,14 +12,17 @@ from ray.serve.schema import ServeDeploySchema
 
 import ray
 from banjoray.config.job import is_url, read_yaml
+from banjoray.config.rollout import Rollout, rollouts
 from banjoray.config.section import validate
 from banjoray.config.serve import ServeConfig
 from banjoray.errors import ClusterError, ConfigError
 from banjoray.registry import Registry
 from banjoray.serving import ingress, routes
+from banjoray.serving.candidates import compared, probe_rows
 from banjoray.serving.choosing import check_kind
 from banjoray.serving.engine import load
-from banjoray.serving.replica import Replica, Slot
+from banjoray.serving.replica import Replica
+from banjoray.serving.rollouts import Rollouts
 from banjoray.serving.security import settled_keys
 from banjoray.training.signals import kept_sigterm
 from ray import serve
@@ -38,13 +41,47 @@ api = routes.application(_replica)
 @serve.deployment(name="Endpoint")
 @serve.ingress(api)
 class Endpoint:
-    """One replica."""
+    """One replica. Its models are loaded by `reconfigure`, which Serve calls before the first request."""
 
-    def __init__(self, config: ServeConfig, versions: tuple[str, ...]) -> None:
+    def __init__(self, config: ServeConfig, versions: Mapping[str, str]) -> None:
         self.replica = Replica(config, serve.get_replica_context().replica_id.unique_id)
-        for version in versions:
-            engine = load(version, config.registry, config.engine, config.precision)
-            self.replica.slots[engine.version.model] = Slot(self.replica.serve(engine))
+        self._versions = versions
+        self._rollouts = Rollouts(
+            self.replica,
+            lambda version: load(version, config.registry, config.engine, config.precision),
+            lambda candidate, live, gate: compared(candidate, live, probe_rows(live, candidate, config.registry), gate),
+        )
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Follow a deployment's ``user_config``; returns at once where requests are answered.
+
+        One that is wrong is refused where there is something that answers: Serve would end a replica that raises.
+        """
+        try:
+            await self._rollouts.follow(self._plans(user_config))
+        except ConfigError as error:
+            if not self.replica.slots:
+                raise
+            self.replica.telemetry.told("user_config", str(error))
+
+    async def prepare(self, user_config: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """`Rollouts.prepare`, as plain values."""
+        return [verdict.to_json() for verdict in await self._rollouts.prepare(self._plans(user_config))]
+
+    async def forget(self) -> None:
+        """`Rollouts.forget`."""
+        self._rollouts.forget()
+
+    async def answering(self) -> dict[str, dict[str, str]]:
+        """Model -> role -> name@number, of what is held."""
+        return {
+            name: {role: str(served.version) for role, served in slot.roles()} | {"refused": slot.refused}
+            for name, slot in self.replica.slots.items()
+        }
+
+    def _plans(self, user_config: Mapping[str, Any]) -> dict[str, Rollout]:
+        plain = {name: Rollout(production=version) for name, version in self._versions.items()}
+        return plain | rollouts(user_config, self._versions, "user_config")
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
@@ -57,8 +94,10 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     config = validate(ServeConfig, args, "args")
     settled_keys(config.api_keys, "this cluster", "args")
     registry = Registry(config.registry)
-    versions = tuple(str(registry.resolve(reference)) for reference in config.references)
-    application: serve.Application = Endpoint.bind(config, versions)  # type: ignore[attr-defined]
+    found = [registry.resolve(reference) for reference in config.references]
+    # Without a user_config, Serve would not call reconfigure.
+    deployment = Endpoint.options(user_config={})  # type: ignore[attr-defined]
+    application: serve.Application = deployment.bind(config, {version.model: str(version) for version in found})
     return application
 
 
@@ -113,6 +152,12 @@ def read_config(file: str | Path, port: int | None) -> ServeDeploySchema:
         registry = args.registry if is_url(args.registry) else str(Path(args.registry).expanduser().absolute())
         for reference in args.references:
             check_kind(args.engine, args.precision, Registry(registry).resolve(reference).task)
+        for deployment in application.get("deployments") or ():
+            asked = deployment.get("user_config") or {} if isinstance(deployment, dict) else {}
+            names = [reference.partition("@")[0] for reference in args.references]
+            for plan in rollouts(asked, names, f"{file}: user_config").values():
+                for reference in plan.references.values():
+                    Registry(registry).resolve(reference)
         keys = settled_keys(args.api_keys, str(http["host"]), f"{file}: args")
         application["args"] = args.model_dump() | {"registry": registry, "api_keys": keys}
     try:

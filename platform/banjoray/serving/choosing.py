@@ -6,13 +6,13 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from banjoray.tasks.task import task_for
 from banjoray.training.strategies import native_bf16
 
 NATIVE_ONNX = ("fp32", "int8")
+Named = TypeVar("Named", bound=Hashable)
 # Rounds of timing, of which the fastest counts.
 ROUNDS = 2
 
@@ -119,16 +120,16 @@ def fastest_that_agrees(
 
 
 def timed(
-    passes: Mapping[Kind, Callable[[], object]], clock: Callable[[], float] = time.perf_counter
-) -> dict[Kind, float]:
-    """Seconds of each kind's passes over the same rows, in turn, the fastest of some rounds; one more warms up."""
-    found = {kind: float("inf") for kind in passes}
+    passes: Mapping[Named, Callable[[], object]], clock: Callable[[], float] = time.perf_counter
+) -> dict[Named, float]:
+    """Seconds of each one's passes over the same rows, in turn, the fastest of some rounds; one more warms up."""
+    found = {name: float("inf") for name in passes}
     for round_is in range(ROUNDS + 1):
-        for kind, run in passes.items():
+        for name, run in passes.items():
             began = clock()
             run()
             if round_is:
-                found[kind] = min(found[kind], clock() - began)
+                found[name] = min(found[name], clock() - began)
     return found
 
 

@@ -8,6 +8,7 @@ import torch
 
 from banjoray.config.job import JobConfig, load_job
 from banjoray.data.batches import padded
+from banjoray.data.probe import read_probe
 from banjoray.data.tokens import Feature, Features, tokens_of
 from banjoray.models.loading import labels_of, load_trained, quiet_libraries
 from banjoray.registry import ModelVersion, Registry
@@ -30,8 +31,9 @@ class Engine:
         self.task = task
         self.labels = labels_of(model) if task.labelled else ()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = model.to(self._device)
+        self.model = model.to(self._device)
         self.tokenizer = tokenizer
+        self.job = job
         self._data = job.data
 
     @property
@@ -65,12 +67,12 @@ class Engine:
         Where answers are texts: what the model writes for each, as its own settings say.
         """
         if self.task.generates:
-            return self.task.generate(self._model, features, self.tokenizer)
+            return self.task.generate(self.model, features, self.tokenizer)
         inputs = {name: [feature.inputs[name] for feature in features] for name in features[0].inputs}
         tokens = tokens_of([Features(inputs, range(len(features)))])
         batch = to_tensors(padded(tokens, np.arange(len(features)), self.tokenizer.pad_token_id), self._device)
         with torch.inference_mode():
-            return self.task.kept(self._model(**batch), batch, None)
+            return self.task.kept(self.model(**batch), batch, None)
 
     def streamed(self, ask: Ask, rows: Sequence[Sequence[Feature]]) -> Callable[[Callable[[Any], None]], None]:
         """What writes the answer to ``ask`` when it is called, and tells who it is given of every piece as it comes.
@@ -79,8 +81,8 @@ class Engine:
         another. Raises RequestError, before anything is written: an answer that has no pieces.
         """
         ((feature,),) = rows
-        self.task.check_stream(self._model, feature)
-        return lambda tell: self.task.stream(self._model, ask, feature, self.tokenizer, tell)
+        self.task.check_stream(self.model, feature)
+        return lambda tell: self.task.stream(self.model, ask, feature, self.tokenizer, tell)
 
     def answer(self, ask: Ask, rows: Sequence[Sequence[Feature]], outputs: Sequence[np.ndarray]) -> Any:
         """The body of the answer to ``ask``; ``outputs`` of the features of all ``rows``, one after the other."""
@@ -110,7 +112,7 @@ def load(reference: str, registry: str, engine: str = PLAIN.engine, precision: s
         why = "texts that a model writes have no labels to compare faster engines by" if auto else "asked for"
         chosen = Chosen(kinds[0].engine, kinds[0].precision, why)
     else:
-        probe = probe_for(folder, task, tokenizer, model.config, job)
+        probe = probe_for(read_probe(folder), task, tokenizer, model.config, job)
         chosen = kept_choice(models.cache, [engine, precision], lambda: choose(models, kinds, probe))
     found = Engine(version, task, models.of(Kind(chosen.engine, chosen.precision)), tokenizer, job, chosen)
     found.forward([task.probe(tokenizer)])

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from banjoray.config.job import JobConfig
 from banjoray.config.metrics import MINIMISED
 from banjoray.data.batches import sorted_batches
-from banjoray.data.probe import read_probe
 from banjoray.data.splits import Split
 from banjoray.data.tokens import Tokens, tokenise
 from banjoray.tasks.task import Task
@@ -61,9 +59,8 @@ class Probe:
         return ""
 
 
-def probe_for(folder: Path, task: Task, tokenizer: Any, config: Any, job: JobConfig) -> Probe | None:
-    """The probe of a version's folder for its task, on the CPU or GPU that is there; None where it has no rows."""
-    rows = read_probe(folder)
+def probe_for(rows: Split | None, task: Task, tokenizer: Any, config: Any, job: JobConfig) -> Probe | None:
+    """The probe of a version's rows for a model of its task, on the CPU or GPU that is there; None for no rows."""
     if rows is None:
         return None
     tokens = tokenise(rows, task, tokenizer, job.data)

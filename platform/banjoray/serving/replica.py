@@ -27,6 +27,8 @@ class Slot:
     candidate: Served | None = None
     share: float = 0.0
     shadow: Shadow | None = None
+    refused: str = ""
+    """Which versions were refused since the last change, and why."""
 
     def roles(self) -> Iterator[tuple[str, Served]]:
         """Every version that is held, and as what."""

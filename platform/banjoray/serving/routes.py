@@ -108,8 +108,15 @@ def _about(replica: Callable[[], Replica]) -> APIRouter:
 
 
 def _told(slot: Slot) -> dict[str, Any]:
+    """What answers for a model, and what else is held for it."""
     found = slot.production
     version = found.version
+    rollout = {
+        **{role: str(served.version) for role, served in slot.roles() if role not in ("production", "shadow")},
+        **({"candidate_share": slot.share} if slot.candidate else {}),
+        **({"shadow": slot.shadow.to_json()} if slot.shadow else {}),
+        **({"refused": slot.refused} if slot.refused else {}),
+    }
     return {
         "model": version.model,
         "version": version.version,
@@ -118,4 +125,5 @@ def _told(slot: Slot) -> dict[str, Any]:
         "metrics": dict(version.metrics),
         "lineage": dict(version.lineage),
         "engine": found.chosen.to_json(),
+        "rollout": rollout,
     }

@@ -49,7 +49,7 @@ class Served:
             queue.timed(engine.forward), limits.max_batch_tokens, engine.cost(), limits.latency_target_ms / 1000, thread
         )
         self.headers = {"x-model-version": str(engine.version), "x-run-id": str(engine.version.lineage["run"])}
-        self.told: Callable[[Ask, Answered], None] = _nobody
+        self.told: Callable[[Ask, Answered], None] = silent
         """Is told of every whole answer, and must not wait."""
 
     @property
@@ -105,5 +105,5 @@ class Served:
         return await self._queue.encoded(lambda rows: encoded(self.engine, rows), ask.rows)
 
 
-def _nobody(ask: Ask, answered: Answered) -> None:
-    """No shadow compares."""
+def silent(ask: Ask, answered: Answered) -> None:
+    """What is told where no shadow compares."""
