@@ -7,12 +7,12 @@ stdout carries the answer, with ``--json`` exactly one JSON object; stderr carri
 import json
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from banjoray import __version__
+from banjoray.endpoints import deploy, keys, rollback, serve
 from banjoray.errors import BanjorayError, ConfigError
 from banjoray.looking import check, data, inspect, plan, schema
 from banjoray.terminal import (
@@ -249,27 +249,6 @@ def promote(
 
 
 @app.command()
-def serve(
-    file: Annotated[Path, typer.Argument(help="A Ray Serve config file.", show_default=False)],
-    port: Annotated[int | None, typer.Option(help="Instead of the file's port (8000 if it has none).")] = None,
-) -> None:
-    """Serve a config file here until Ctrl-C.
-
-    Listens on 127.0.0.1 unless the file names another host.
-    """
-    console = terminal()
-
-    def work() -> None:
-        from banjoray.serving.app import serving
-
-        with serving(file, port, saying(console)) as url:
-            saying(console)(f"answering at {url} (docs at {url}/docs); Ctrl-C stops it")
-            signal.pause()
-
-    quietly(work)
-
-
-@app.command()
 def submit(
     file: JobFile,
     address: Annotated[str, typer.Option(help="The Ray cluster's job server.")] = "http://127.0.0.1:8265",
@@ -300,31 +279,9 @@ def submit(
     raise typer.Exit(code)
 
 
-keys = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(keys, name="keys", help="Make and revoke API keys of an endpoint.")
-KeyName = Annotated[str, typer.Argument(help="Whose key it is.", show_default=False)]
-KeyFile = Annotated[Path, typer.Option("--file", help="The file that a serve config names as args.api_keys.")]
 
-
-@keys.command("new")
-def new_key(name: KeyName, file: KeyFile = Path("keys.yaml"), as_json: AsJson = False) -> None:
-    """Make a key and print it, once; the file keeps its hash."""
-    from banjoray.serving.security import add_key
-
-    key = add_key(file, name)
-    answer({"name": name, "key": key, "file": str(file)}, as_json, key)
-
-
-@keys.command("revoke")
-def revoke(name: KeyName, file: KeyFile = Path("keys.yaml"), as_json: AsJson = False) -> None:
-    """Take a key out of the file; endpoints notice within seconds."""
-    from banjoray.serving.security import revoke_key
-
-    revoke_key(file, name)
-    answer({"name": name, "file": str(file)}, as_json, f"{name} has no key in {file} any more")
-
-
-for verb in (check, plan, data, inspect):
+for verb in (serve, deploy, rollback, check, plan, data, inspect):
     app.command()(verb)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from banjoray.config.job import JobConfig
+from banjoray.data.probe import write_probe
 from banjoray.registry import Registry
 from banjoray.training.checkpoints import Store
 from banjoray.training.export import export
@@ -54,6 +55,7 @@ def stock(folder: Path, lively_job: Callable[..., JobConfig]) -> Shelf:
         at = f"{job.storage}/{run}"
         best = fit(job, ready.rows, ready.task, ready.start, at, Callbacks()).checkpoint
         export(job, ready.start.model(), ready.start.tokenizer, best, Store(at, print).local(best), Path(at) / "model")
+        write_probe(ready.splits.validation, 64, Path(at) / "model")
         shelf.registry.register(
             "tiny",
             Path(at) / "model",

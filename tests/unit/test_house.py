@@ -36,6 +36,7 @@ LAYERS = (
     ("quickstart",),
     ("terminal",),
     ("looking",),
+    ("endpoints",),
     ("cli",),
 )
 # The one pair on the same step: an engine pads and moves tensors as evaluation does.
@@ -47,6 +48,7 @@ RAY = {
     "serving/app.py",
     "serving/batch.py",
     "cluster/submit.py",
+    "cluster/deploy.py",
 }
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 

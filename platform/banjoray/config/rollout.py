@@ -59,6 +59,12 @@ class Rollout(Section):
         found = {role: getattr(self, role) for role in ("production", "previous", "candidate", "shadow")}
         return {role: reference for role, reference in found.items() if reference is not None}
 
+    @property
+    def held(self) -> dict[str, Any]:
+        """What a replica that follows says that it holds: `references`, and traffic where there is a candidate."""
+        traffic = {"production": 1 - self.share, "candidate": self.share}
+        return self.references | ({"traffic": traffic} if self.candidate is not None else {})
+
 
 def rollouts(user_config: Mapping[str, Any], names: Iterable[str], origin: str) -> dict[str, Rollout]:
     """Model -> its rollout, of those in a deployment's ``user_config``; ``names`` are the models that it serves.

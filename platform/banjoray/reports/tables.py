@@ -13,6 +13,7 @@ from banjoray.tasks.task import Score
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from banjoray.cluster.deploy import Deployed
     from banjoray.training.preflight import Ready
     from banjoray.tuning.footprint import Memory
     from banjoray.tuning.plan import Frozen, Plan
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 def metrics_line(metrics: Mapping[str, float]) -> str:
     """Metrics in one line, in their own order."""
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def deployed_lines(found: "Deployed") -> list[str]:
+    """Who answers now, and what every replica found of a version that it had not held."""
+    lines = []
+    for verdict in found.verdicts:
+        worth = f"{verdict['metric']} {verdict['score']:.4f} (production {verdict['against_score']:.4f})"
+        same = "" if verdict["same"] is None else f", {verdict['same']:.1%} of answers the same"
+        times = f"{verdict['ms']:g} ms (production {verdict['against_ms']:g})"
+        lines.append(f"{verdict['version']}: {worth}{same}, {times} on {verdict['rows']} probe rows")
+    roles = ", ".join(f"{role} {held}" for role, held in found.rollout.references.items())
+    return [*lines, f"{roles}; in every replica after {found.swap_s:.2f} s (before: {found.before['production']})"]
 
 
 def score_tables(score: Score) -> "list[RenderableType]":

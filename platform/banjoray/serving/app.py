@@ -72,12 +72,9 @@ class Endpoint:
         """`Rollouts.forget`."""
         self._rollouts.forget()
 
-    async def answering(self) -> dict[str, dict[str, str]]:
-        """Model -> role -> name@number, of what is held."""
-        return {
-            name: {role: str(served.version) for role, served in slot.roles()} | {"refused": slot.refused}
-            for name, slot in self.replica.slots.items()
-        }
+    async def held(self) -> dict[str, dict[str, Any]]:
+        """Of every model what is held for it, and what was refused since the last change and why."""
+        return {name: {"held": slot.held, "refused": slot.refused} for name, slot in self.replica.slots.items()}
 
     def _plans(self, user_config: Mapping[str, Any]) -> dict[str, Rollout]:
         plain = {name: Rollout(production=version) for name, version in self._versions.items()}

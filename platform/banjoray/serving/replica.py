@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,13 @@ class Slot:
         shadow = self.shadow.served if self.shadow else None
         held = {"production": self.production, "previous": self.previous, "candidate": self.candidate, "shadow": shadow}
         return ((role, served) for role, served in held.items() if served is not None)
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """Role -> name@number, and the traffic of each where there is a candidate; as `Rollout.held`."""
+        traffic = {"production": 1 - self.share, "candidate": self.share}
+        found: dict[str, Any] = {role: str(served.version) for role, served in self.roles()}
+        return found | ({"traffic": traffic} if self.candidate is not None else {})
 
     def answering(self, request: str) -> Served:
         """Who answers the request of this id; the same id is always answered by the same version."""

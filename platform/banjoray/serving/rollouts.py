@@ -16,6 +16,7 @@ from banjoray.serving.replica import Replica, Slot
 from banjoray.serving.served import Served, silent
 from banjoray.serving.shadow import Shadow
 
+ANSWERING = ("production", "candidate")
 Load = Callable[[str], Engine]
 """Loads name@number."""
 Compare = Callable[[Engine, Engine, Gate], Verdict]
@@ -33,7 +34,7 @@ class Rollouts:
         self._load = load
         self._compare = compare
         self._held: dict[str, Served] = {}
-        self._verdicts: dict[tuple[str, str], Verdict] = {}
+        self._verdicts: dict[tuple[str, str, Gate], Verdict] = {}
         self._lock = asyncio.Lock()
         self._following: set[asyncio.Task[None]] = set()
 
@@ -90,15 +91,16 @@ class Rollouts:
         """Whether nothing has to be loaded or compared any more; a refusal is known as well."""
         against = str(self._replica.slots[name].production.version)
         return not self._lock.locked() and all(
-            reference in self._held and (not self._due(name, plan, role) or (reference, against) in self._verdicts)
+            reference in self._held
+            and (not self._due(name, plan, role) or (reference, against, plan.gate) in self._verdicts)
             for role, reference in plan.references.items()
         )
 
     def _due(self, name: str, plan: Rollout, role: str) -> bool:
         """Whether the version of a role has to pass a comparison: one that shall answer, and has not so far."""
         roles = self._replica.slots[name].roles()
-        passed = {str(each.version) for held_as, each in roles if held_as != "shadow"} | set(plan.accepted)
-        return role in ("production", "candidate") and plan.references[role] not in passed
+        answering = {str(each.version) for held_as, each in roles if held_as in ANSWERING}
+        return role in ANSWERING and plan.references[role] not in answering.union(plan.accepted)
 
     async def _apply(self, name: str, plan: Rollout) -> None:
         async with self._lock:
@@ -124,9 +126,10 @@ class Rollouts:
                 found.append(Verdict(reference, against, f"it can't be loaded ({type(error).__name__}: {error})"))
                 continue
             if self._due(name, plan, role):
-                known = self._verdicts.get((reference, against))
-                self._verdicts[reference, against] = known or await self._verdict(served, live, plan.gate)
-                found.append(self._verdicts[reference, against])
+                pair = (reference, against, plan.gate)
+                if pair not in self._verdicts:
+                    self._verdicts[pair] = await self._verdict(served, live, plan.gate)
+                found.append(self._verdicts[pair])
         return found
 
     async def _verdict(self, served: Served, live: Served, gate: Gate) -> Verdict:

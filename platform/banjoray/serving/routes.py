@@ -112,8 +112,7 @@ def _told(slot: Slot) -> dict[str, Any]:
     found = slot.production
     version = found.version
     rollout = {
-        **{role: str(served.version) for role, served in slot.roles() if role not in ("production", "shadow")},
-        **({"candidate_share": slot.share} if slot.candidate else {}),
+        **slot.held,
         **({"shadow": slot.shadow.to_json()} if slot.shadow else {}),
         **({"refused": slot.refused} if slot.refused else {}),
     }
