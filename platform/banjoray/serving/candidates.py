@@ -55,6 +55,8 @@ def compared(
     if mine is None or theirs is None:
         return replace(verdict, why="neither version has probe rows to compare them by; register it again")
     found, wanted = mine.outputs(candidate.model), theirs.outputs(live.model)
+    if any(np.isnan(each).any() for each in found):
+        return replace(verdict, why="its outputs on the probe rows hold NaN", rows=len(theirs.rows))
     score, needed = (
         float(probe.task.score(outputs, probe.tokens, probe.rows, probe.labels).metrics[theirs.metric])
         for probe, outputs in ((mine, found), (theirs, wanted))
@@ -101,7 +103,6 @@ def _worse(metric: str, score: float, needed: float, gate: Gate) -> str:
     # Of a metric that can be above 1, a share.
     margin = gate.max_drop * max(1.0, abs(needed))
     drop = score - needed if metric in MINIMISED else needed - score
-    # Also of a score that is no number.
     if drop <= margin:
         return ""
     return f"its {metric} is {score:.4f}, that of production {needed:.4f}; may be worse by {margin:g} (gate.max_drop)"

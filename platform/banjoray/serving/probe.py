@@ -42,7 +42,10 @@ class Probe:
         alone = [np.array([row]) for row in range(min(ALONE, len(lengths)))]
         with torch.inference_mode():
             for batch in (*alone, *sorted_batches(lengths, EVALUATION_TOKENS[self.feed.device.type])):
-                self.task.kept(model(**(cells := self.feed.batch(batch))[0]), cells[0], None)
+                inputs, targets = self.feed.batch(batch)
+                # As in an answer, where there are no targets; what a text is worth is only known beside its own.
+                told = torch.from_numpy(targets).to(self.feed.device) if self.task.generates else None
+                self.task.kept(model(**inputs), inputs, told)
 
     def disagreement(self, found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> str:
         """What is wrong with outputs ``found`` where torch in fp32 gave ``wanted``, in words; empty: nothing."""
