@@ -237,7 +237,7 @@ def promote(
 ) -> None:
     """Point an alias at a version.
 
-    What is served follows at the next deployment.
+    What is served follows at the next start; banjoray deploy changes a running endpoint.
     """
     from banjoray.registry import Registry
 

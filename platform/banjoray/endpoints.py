@@ -54,9 +54,9 @@ def deploy(
     address: Address = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Have a running endpoint answer with a version, without a restart.
+    """Let a running endpoint answer with a version.
 
-    Every replica loads it beside what answers and compares the two on the probe rows; one that is worse, slower or
+    Nothing is restarted. Every replica loads it beside what answers and compares the two on the probe rows; one that is worse, slower or
     broken is refused, with the reason, and gets no request. The version before stays loaded for a rollback.
     """
     if shadow and share is not None:

@@ -108,19 +108,22 @@ def inspect(
 
 
 def schema(
-    kind: Annotated[str, typer.Argument(help="job, or serve (the args of an application).")] = "job",
+    kind: Annotated[
+        str, typer.Argument(help="job, serve (the args of an application), or rollout (its user_config).")
+    ] = "job",
 ) -> None:
     """Print the JSON Schema of a job file.
 
     Every key with its default, unit and rule; for editors and for reading.
     """
     from banjoray.config.job import JobConfig
+    from banjoray.config.rollout import Rollout
     from banjoray.config.section import Section
     from banjoray.config.serve import ServeConfig
 
-    kinds: dict[str, type[Section]] = {"job": JobConfig, "serve": ServeConfig}
+    kinds: dict[str, type[Section]] = {"job": JobConfig, "serve": ServeConfig, "rollout": Rollout}
     if kind not in kinds:
-        raise ConfigError(f"schema: found '{kind}'; needed job or serve")
+        raise ConfigError(f"schema: found '{kind}'; needed {', '.join(kinds)}")
     typer.echo(json.dumps(kinds[kind].model_json_schema(), indent=2))
 
 
