@@ -56,8 +56,9 @@ def deploy(
 ) -> None:
     """Let a running endpoint answer with a version.
 
-    Nothing is restarted. Every replica loads it beside what answers and compares the two on the probe rows; one that is worse, slower or
-    broken is refused, with the reason, and gets no request. The version before stays loaded for a rollback.
+    Nothing is restarted. Every replica loads it beside what answers and compares the two on the probe rows; one that is
+    worse, slower or broken is refused, with the reason, and gets no request. The version before stays loaded for a
+    rollback.
     """
     if shadow and share is not None:
         raise ConfigError("--shadow and --share: found both; a shadow answers nobody")
