@@ -35,7 +35,14 @@ def _replica() -> Replica:
 api = routes.application(_replica)
 
 
-@serve.deployment(name="Endpoint")
+# What a replica refuses, it refuses by time, in the shape of a request's protocol, with the seconds to wait. So all that
+# comes goes to it at once, where Serve's own default is 5 requests; beyond is Serve's own refusal.
+@serve.deployment(
+    name="Endpoint",
+    max_ongoing_requests=1024,
+    max_queued_requests=256,
+    backpressure_config={"status_code": 429, "retry_after_s": 1},
+)
 @serve.ingress(api)
 class Endpoint:
     """One replica of one version."""

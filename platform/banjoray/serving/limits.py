@@ -1,4 +1,4 @@
-"""How much an endpoint takes on, and for how long: tokens, rows that wait, time. No Ray.
+"""How much an endpoint takes on, and for how long: tokens, time to wait, time to answer. No Ray.
 
 What is refused is refused before it costs a pass: 413 for a request that is too large, 429 for one too many, 504 (408
 if its body never came) for one that took too long. Whoever is cancelled leaves the queue.
@@ -19,8 +19,8 @@ from banjoray.serving.batching import Batcher, Sized
 from banjoray.serving.telemetry import Refuse, Telemetry, current
 
 LONGEST_RETRY_S = 60
-# How much the newest batch counts in the mean time of a row.
-_NEWEST = 0.2
+# The target where a serve config says none, of models whose passes have a cost.
+USUAL_TARGET_S = 1.0
 
 Row = TypeVar("Row", bound=Sized)
 Output = TypeVar("Output")
@@ -43,13 +43,12 @@ class Entry(Generic[Row]):
 
 
 class Queue(Generic[Row, Output]):
-    """The rows that a replica has taken and not answered: bounded, timed, told to its telemetry."""
+    """The rows that a replica has taken and not answered: bounded by the time they need, timed, told to telemetry."""
 
     def __init__(self, config: ServeConfig, telemetry: Telemetry) -> None:
         self._config = config
         self._telemetry = telemetry
         self._rows = 0
-        self._row_s = 0.0
 
     def timed(
         self, forward: Callable[[Sequence[Row]], Sequence[Output]]
@@ -63,20 +62,21 @@ class Queue(Generic[Row, Output]):
             for entry in entries:
                 entry.began, entry.ended = began, ended
             self._telemetry.batch([len(entry) for entry in entries], ended - began)
-            row_s = (ended - began) / len(entries)
-            self._row_s = row_s if not self._row_s else self._row_s + _NEWEST * (row_s - self._row_s)
             return outputs
 
         return inner
 
     async def encoded(
-        self, encode: Callable[[Sequence[Asked]], Awaitable[list[list[Row]]]], rows: Sequence[Asked]
+        self,
+        batcher: Batcher[Entry[Row], Output],
+        encode: Callable[[Sequence[Asked]], Awaitable[list[list[Row]]]],
+        rows: Sequence[Asked],
     ) -> list[list[Row]]:
-        """The features that ``encode`` makes of a request's rows.
+        """The features that ``encode`` makes of a request's rows, which go to ``batcher`` next.
 
-        Raises RequestError: 429 if there is no room for them, 413 for too many tokens.
+        Raises RequestError: 429 if they would wait there for too long, 413 for too many tokens.
         """
-        self._check_room(len(rows))
+        self._check_wait(batcher)
         record = current()
         record.rows = len(rows)
         record.texts = rows if self._telemetry.log_texts else None
@@ -90,8 +90,8 @@ class Queue(Generic[Row, Output]):
         return encoded
 
     async def outputs(self, batcher: Batcher[Entry[Row], Output], rows: Sequence[Row]) -> list[Output]:
-        """The batcher's outputs for some rows; raises RequestError, 429, if there is no room for them."""
-        self._check_room(len(rows))
+        """The batcher's outputs for some rows; raises RequestError, 429, if they would wait for too long."""
+        self._check_wait(batcher)
         entries = [Entry(row) for row in rows]
         entered = time.perf_counter()
         with self._counted(len(rows)):
@@ -121,13 +121,19 @@ class Queue(Generic[Row, Output]):
             self._rows -= rows
             self._telemetry.queued(self._rows)
 
-    def _check_room(self, rows: int) -> None:
-        most = self._config.max_queued_rows
-        if not self._rows or self._rows + rows <= most:
+    def _check_wait(self, batcher: Batcher[Entry[Row], Output]) -> None:
+        """Refuse what others keep waiting for longer than the target; whoever finds nobody before it is never refused.
+
+        What a request takes by itself does not count: one that is large would have to wait for an idle replica.
+        """
+        target, wait_s = self._config.latency_target_ms, batcher.pace.wait_s()
+        usual_s = USUAL_TARGET_S if batcher.pace.measured else self._config.timeout_s
+        most_s = usual_s if target is None else target / 1000
+        if wait_s <= most_s:
             return
-        wait_s = min(LONGEST_RETRY_S, max(1, math.ceil(self._rows * self._row_s)))
-        told = f"{self._rows} rows wait here, {most} may; try again in {wait_s} s"
-        raise RequestError(told, 429, {"retry-after": str(wait_s)})
+        retry_s = min(LONGEST_RETRY_S, math.ceil(wait_s))
+        told = f"what waits here will take {wait_s:.2g} s, {most_s:g} s may; try again in {retry_s} s"
+        raise RequestError(told, 429, {"retry-after": str(retry_s)})
 
 
 class Bounded:

@@ -43,7 +43,7 @@ class Replica:
         self.telemetry = Telemetry(limits, name, self._told)
         self._queue: Queue[Feature, np.ndarray] = Queue(limits, self.telemetry)
         self._batcher: Batcher[Entry[Feature], np.ndarray] = Batcher(
-            self._queue.timed(engine.forward), limits.max_batch_tokens, engine.cost(), limits.latency_target_ms / 1000
+            self._queue.timed(engine.forward), limits.max_batch_tokens, engine.cost(), limits.pass_target_ms / 1000
         )
         self.headers = {"x-model-version": str(engine.version), "x-run-id": str(engine.version.lineage["run"])}
 
@@ -94,4 +94,4 @@ class Replica:
         return self._queue.stream(self._batcher.stream(self._engine.streamed(ask, rows)))
 
     async def _encoded(self, ask: Ask) -> list[list[Feature]]:
-        return await self._queue.encoded(lambda rows: encoded(self._engine, rows), ask.rows)
+        return await self._queue.encoded(self._batcher, lambda rows: encoded(self._engine, rows), ask.rows)
