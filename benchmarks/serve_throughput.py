@@ -54,7 +54,7 @@ def main() -> int:
         registry = trained(place)
         wanted = labels(registry / "emotion" / "1", texts)
         found = rounds(options, registry, texts, wanted)
-        result = facts(options, len(wanted))
+        result = facts(options, texts)
     contenders = {name: summary(told) | {"settings": SETTINGS[name]} for name, told in found.items()}
     agrees = all(told["same_labels"] >= SAME for told in contenders.values())
     result |= {"contenders": compared(contenders), "agrees": agrees}
@@ -204,20 +204,26 @@ def compared(contenders: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
     return {name: told | {"banjoray_is": round(ours / told[key], 3)} for name, told in contenders.items()}
 
 
-def facts(options: argparse.Namespace, texts: int) -> dict[str, Any]:
+def facts(options: argparse.Namespace, texts: Path) -> dict[str, Any]:
     """What was measured, on what, with which versions."""
-    described = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(described, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
-    return {
-        "benchmark": "serve_throughput",
-        "data": f"{options.name}, {texts} texts, MiniLM",
+    return described("serve_throughput", options.name, texts) | {
         "rounds": options.rounds,
         "seconds": options.seconds,
+        "settings": {"threads": 1, "replicas": 1, "concurrency": CONCURRENCY, "max_length": MAX_LENGTH},
+    }
+
+
+def described(benchmark: str, name: str, texts: Path) -> dict[str, Any]:
+    """A benchmark's name and texts, the machine, versions and commit."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    return {
+        "benchmark": benchmark,
+        "data": f"{name}, {len(json.loads(texts.read_text(encoding='utf-8')))} texts, MiniLM",
         "machine": machine(False),
         "load_before": round(os.getloadavg()[0], 2),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "commit": commit,
-        "settings": {"threads": 1, "replicas": 1, "concurrency": CONCURRENCY, "max_length": MAX_LENGTH},
     }
 
 
