@@ -3,8 +3,8 @@
     python -m benchmarks.serve_open '{"port": 8123, "texts": "texts.json", "rate": 500, "seconds": 30, "tries": 1}'
 
 Moments are those of a Poisson process; a request's time counts from the moment at which it was due, so that a late
-client makes no answer look fast. At most `CONNECTIONS` requests are on their way; what was due beyond that is counted as
-unsent, and a load with any says nothing about the server.
+client makes no answer look fast. At most `CONNECTIONS` requests are on their way; what was due beyond that is counted
+as unsent, and a load with any says nothing about the server.
 
 ``tries`` above 1: a request whose connection broke, or that got 502, 503 or HAProxy's own 500 (which Serve puts in the
 place of both), is sent again so often, and one that got 429 as soon as Retry-After says. ``labels`` is a file with the

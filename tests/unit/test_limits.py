@@ -130,11 +130,11 @@ def test_the_seconds_to_wait_are_what_waits_will_take(wait_s: float, told: str) 
     queue: Queue[str, str] = Queue(config, silent)
     batcher: Any = SimpleNamespace(pace=SimpleNamespace(wait_s=lambda: wait_s, measured=True))
     with pytest.raises(RequestError) as refused:
-        queue._check_wait(batcher)
+        queue.check_wait(batcher)
     assert refused.value.headers == {"retry-after": told}
     assert int(told) <= LONGEST_RETRY_S
     batcher.pace.wait_s = lambda: 1.0
-    queue._check_wait(batcher)
+    queue.check_wait(batcher)
 
 
 def test_a_batch_is_told_with_its_lengths_and_its_rows_know_when_it_was() -> None:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ api = routes.application(_replica)
     max_queued_requests=256,
     backpressure_config={"status_code": 429, "retry_after_s": 1},
     health_check_period_s=2,
+    # A replica writes a line per request itself (telemetry.py).
+    logging_config={"enable_access_log": False},
 )
 @serve.ingress(api)
 class Endpoint:
@@ -87,7 +89,7 @@ def serving(file: str | Path, port: int | None, say: Callable[[str], None]) -> I
         slow = ingress.haproxy()
         if slow:
             say(f"without HAProxy ({slow}), Serve's own proxy answers a fraction of the requests per second")
-        with kept_sigterm(), nullcontext() if slow else ingress.environment(ingress.fast_path()):
+        with kept_sigterm(), ingress.environment(ingress.PRIORITY | ({} if slow else ingress.fast_path())):
             ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         # What `serve run FILE` does: the config goes to Serve's controller as it is.

@@ -76,7 +76,7 @@ class Queue(Generic[Row, Output]):
 
         Raises RequestError: 429 if they would wait there for too long, 413 for too many tokens.
         """
-        self._check_wait(batcher)
+        self.check_wait(batcher)
         record = current()
         record.rows = len(rows)
         record.texts = rows if self._telemetry.log_texts else None
@@ -91,7 +91,7 @@ class Queue(Generic[Row, Output]):
 
     async def outputs(self, batcher: Batcher[Entry[Row], Output], rows: Sequence[Row]) -> list[Output]:
         """The batcher's outputs for some rows; raises RequestError, 429, if they would wait for too long."""
-        self._check_wait(batcher)
+        self.check_wait(batcher)
         entries = [Entry(row) for row in rows]
         entered = time.perf_counter()
         with self._counted(len(rows)):
@@ -121,10 +121,10 @@ class Queue(Generic[Row, Output]):
             self._rows -= rows
             self._telemetry.queued(self._rows)
 
-    def _check_wait(self, batcher: Batcher[Entry[Row], Output]) -> None:
-        """Refuse what others keep waiting for longer than the target; whoever finds nobody before it is never refused.
+    def check_wait(self, batcher: Batcher[Entry[Row], Output]) -> None:
+        """Raise RequestError, 429, where a request would wait for others for longer than the target.
 
-        What a request takes by itself does not count: one that is large would have to wait for an idle replica.
+        What it takes by itself does not count: one that is large would have to find an idle replica.
         """
         target, wait_s = self._config.latency_target_ms, batcher.pace.wait_s()
         usual_s = USUAL_TARGET_S if batcher.pace.measured else self._config.timeout_s
@@ -134,6 +134,28 @@ class Queue(Generic[Row, Output]):
         retry_s = min(LONGEST_RETRY_S, math.ceil(wait_s))
         told = f"what waits here will take {wait_s:.2g} s, {most_s:g} s may; try again in {retry_s} s"
         raise RequestError(told, 429, {"retry-after": str(retry_s)})
+
+
+class Admitted:
+    """ASGI middleware that refuses a POST for which ``check`` raises RequestError, before anything of it is read.
+
+    Under overload most of what a replica does is to refuse. By way of the routes that takes four times as long.
+    """
+
+    def __init__(self, app: ASGIApp, check: Callable[[], None], refuse: Refuse) -> None:
+        self._app = app
+        self._check = check
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or refuse it."""
+        app = self._app
+        if scope["type"] == "http" and scope["method"] == "POST":
+            try:
+                self._check()
+            except RequestError as error:
+                app = self._refuse(scope, error.message, error.status, error.headers or {})
+        await app(scope, receive, send)
 
 
 class Bounded:

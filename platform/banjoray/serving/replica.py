@@ -82,6 +82,10 @@ class Replica:
         """How many tokens of a text it reads."""
         return self._engine.max_length
 
+    def check_wait(self) -> None:
+        """Raise RequestError, 429, where whoever asks now would wait too long."""
+        self._queue.check_wait(self._batcher)
+
     async def answer(self, ask: Ask) -> Answered:
         """The whole answer; raises RequestError: rows or parameters that can't be answered, or too many of them."""
         rows = await self._encoded(ask)
