@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
-# Ray's workers give way to everything else on a machine (nice 15). People wait for replicas: beside busy processes these
-# would lose most of their processor.
+# Ray's workers give way to everything else on a machine (nice 15). People wait for replicas: beside busy processes
+# these would lose most of their processor.
 PRIORITY = {"RAY_worker_niceness": "0"}
 # Serve keeps a replica open so long for load balancers that learn late that it goes. HAProxy here learns at once.
 DRAINING_S = 1
