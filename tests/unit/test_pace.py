@@ -179,8 +179,8 @@ def test_where_passes_have_no_cost_rows_take_the_mean_time_of_rows() -> None:
         for _ in range(rows):
             pace.joined(7)
         turn = pace.passing([7] * rows)
-        turn.began = now[0]
-        now[0] += seconds
+        with pace.timed(turn):
+            now[0] += seconds
         pace.ended(turn)
 
     passed(2, 4.0)

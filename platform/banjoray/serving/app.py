@@ -1,6 +1,7 @@
 """HTTP answers from a registered version: one Ray Serve deployment, ingress and model in the same replica."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from banjoray.serving.replica import Replica
 from banjoray.serving.security import settled_keys
 from banjoray.training.signals import kept_sigterm
 from ray import serve
+
+SWITCH_S = 5e-4
 
 
 def _replica() -> Replica:
@@ -52,6 +55,9 @@ class Endpoint:
     """One replica of one version."""
 
     def __init__(self, config: ServeConfig, version: str) -> None:
+        # The thread that computes and the loop that answers and refuses hand one lock to and fro. A loop that has much
+        # to refuse would keep it for 5 ms each time, several times in a pass.
+        sys.setswitchinterval(SWITCH_S)
         engine = load(version, config.registry, config.engine, config.precision)
         self.replica = Replica(engine, config, serve.get_replica_context().replica_id.unique_id)
 

@@ -2,7 +2,8 @@
 
 While one pass runs, rows queue up; the next pass takes the row that is due first and the rows nearest to it in length,
 as long as rows x longest and the predicted time of the pass stay within their budgets, and padding costs less than the
-pass that it saves. With nobody else waiting, a row starts at once.
+pass that it saves. With nobody else waiting, a row starts at once. Where more wait than a pass takes, the next pass is
+handed to the thread while one runs.
 
 A row is due when it has come plus a few times what it costs alone, in predicted seconds of passes made: short rows pass
 a long one, but only for so long. Where passes have no cost, that is the order in which rows come.
@@ -16,6 +17,7 @@ import math
 import threading
 import time
 from bisect import insort
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -130,8 +132,8 @@ class Batcher(Generic[Row, Output]):
 
         def whole() -> None:
             if not left.is_set():
-                turn.began = self.pace.clock()
-                write(tell)
+                with self.pace.timed(turn):
+                    write(tell)
 
         written = loop.run_in_executor(self._thread, whole)
 
@@ -150,13 +152,19 @@ class Batcher(Generic[Row, Output]):
             written.cancel()
 
     async def _drain(self) -> None:
-        loop = asyncio.get_running_loop()
-        while batch := self._take():
-            rows = [waiting.row for waiting in batch]
-            turn = self.pace.passing([len(row) for row in rows])
+        handed: deque[tuple[list[_Waiting[Row, Output]], Turn, asyncio.Future[Sequence[Output]]]] = deque()
+        while True:
+            if not handed:
+                self._hand(handed)
+            # Where many wait, the thread has its next pass before this one's end is noticed: a loop that is busy with
+            # what it refuses comes to that late.
+            if handed and self.pace.measured and len(self._waiting) > 2 * len(handed[0][0]):
+                self._hand(handed)
+            if not handed:
+                return
+            batch, turn, outputs = handed.popleft()
             try:
-                outputs = await loop.run_in_executor(self._thread, self._passed, turn, rows)
-                answered = list(zip(batch, outputs, strict=True))
+                answered = list(zip(batch, await outputs, strict=True))
                 self.pace.ended(turn)
             except Exception as error:  # noqa: BLE001  the boundary between requests: one batch fails, the rest go on
                 self.pace.ended(turn, told=False)
@@ -168,10 +176,20 @@ class Batcher(Generic[Row, Output]):
                 if not waiting.output.done():
                     waiting.output.set_result(output)
 
+    def _hand(
+        self, handed: "deque[tuple[list[_Waiting[Row, Output]], Turn, asyncio.Future[Sequence[Output]]]]"
+    ) -> None:
+        """Hand the next batch to the thread, if any row waits."""
+        if batch := self._take():
+            rows = [waiting.row for waiting in batch]
+            turn = self.pace.passing([len(row) for row in rows])
+            loop = asyncio.get_running_loop()
+            handed.append((batch, turn, loop.run_in_executor(self._thread, self._passed, turn, rows)))
+
     def _passed(self, turn: Turn, rows: Sequence[Row]) -> Sequence[Output]:
         """A pass, in the thread."""
-        turn.began = self.pace.clock()
-        return self._forward(rows)
+        with self.pace.timed(turn):
+            return self._forward(rows)
 
     def _take(self) -> list[_Waiting[Row, Output]]:
         """The next batch, from the rows that are due first."""

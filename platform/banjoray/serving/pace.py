@@ -7,7 +7,8 @@ fixed parts and the padding. Where passes have no cost (models that write texts)
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from banjoray.serving.costs import NEWEST, Adaptive
@@ -23,6 +24,7 @@ class Turn:
     rows: int
     longest: int
     began: float | None = None
+    took_s: float | None = None
 
 
 class Pace:
@@ -79,13 +81,21 @@ class Pace:
     def ended(self, turn: Turn, told: bool = True) -> None:
         """A turn is over; what it took teaches nothing unless ``told``, as where it failed."""
         self._turns.discard(turn)
-        if turn.began is None or not told:
+        if turn.took_s is None or not told:
             return
-        took = self.clock() - turn.began
-        self.cost.learn(turn.rows, turn.longest, took)
+        self.cost.learn(turn.rows, turn.longest, turn.took_s)
         # As if the rows had come one by one, each taking its share.
         kept = (1 - NEWEST) ** turn.rows if self._row_s else 0.0
-        self._row_s = kept * self._row_s + (1 - kept) * took / turn.rows
+        self._row_s = kept * self._row_s + (1 - kept) * turn.took_s / turn.rows
+
+    @contextmanager
+    def timed(self, turn: Turn) -> Iterator[None]:
+        """The block is what the thread does in a turn. The only method that may be called from the thread."""
+        turn.began = self.clock()
+        try:
+            yield
+        finally:
+            turn.took_s = self.clock() - turn.began
 
     def wait_s(self) -> float:
         """Predicted seconds until a row that comes now could begin, if those that wait go before it."""
