@@ -92,14 +92,15 @@ def read_texts(file: str | None) -> list[str]:
     return [json.loads(line)["text"] for line in lines if line]
 
 
-def trained(folder: Path) -> Path:
-    """A registry with emotion@1, from the quickstart's job with one worker."""
+def trained(folder: Path, *changes: str) -> Path:
+    """A registry with emotion@1, or the next version, from the quickstart's job with one worker."""
     registry = folder / "registry"
     values = [
         f"registry.root={registry}",
         f"storage={folder / 'runs'}",
         "scale.workers=1",
         f"data.max_length={MAX_LENGTH}",
+        *changes,
     ]
     command = [sys.executable, "-m", "banjoray.cli", "train", str(ROOT / "jobs" / "quickstart.yaml")]
     run(command + [part for value in values for part in ("--set", value)])
@@ -143,8 +144,8 @@ def rounds(
 
 
 @contextmanager
-def server(case: dict[str, Any]) -> Iterator[None]:
-    """A contender that answers while the block runs; its log is shown only if it does not come up."""
+def server(case: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
+    """The process of a contender that answers while the block runs; its log is shown only if it does not come up."""
     command = [sys.executable, "-m", "benchmarks.serve_contenders", json.dumps(case)]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -156,7 +157,7 @@ def server(case: dict[str, Any]) -> Iterator[None]:
             if not any(line.strip() == "answering" for line in process.stdout):
                 log.seek(0)
                 raise SystemExit(f"{case['contender']} did not come up:\n{log.read()[-4000:]}")
-            yield
+            yield process
         finally:
             process.stdin.close()
             process.wait(120)
