@@ -35,7 +35,7 @@ def main() -> None:
 
 @contextmanager
 def banjoray(case: dict[str, Any], **args: str) -> Iterator[None]:
-    """`banjoray serve` with a replica of one CPU."""
+    """`banjoray serve` with a replica of one CPU; the case may have other args, and settings of the deployment."""
     import yaml
 
     from banjoray.serving.app import serving
@@ -44,8 +44,8 @@ def banjoray(case: dict[str, Any], **args: str) -> Iterator[None]:
         "name": "emotion",
         "route_prefix": "/",
         "import_path": "banjoray.serving.app:build",
-        "args": {"model": "emotion@1", "registry": case["registry"]} | args,
-        "deployments": [{"name": "Endpoint", "max_ongoing_requests": 256, "ray_actor_options": {"num_cpus": 1}}],
+        "args": {"model": "emotion@1", "registry": case["registry"]} | case.get("args", {}) | args,
+        "deployments": [{"name": "Endpoint", "ray_actor_options": {"num_cpus": 1}} | case.get("deployment", {})],
     }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "serve.yaml")

@@ -11,6 +11,7 @@ import asyncio
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,45 +28,58 @@ def main() -> None:
     print(json.dumps(asyncio.run(load(case["port"], bodies, long, (case["connections"], case["seconds"])))))
 
 
+@dataclass(frozen=True)
+class Reply:
+    """An answer; names of ``fields`` (headers) and their values are in small letters."""
+
+    status: int
+    fields: dict[str, str]
+    body: bytes
+
+
 class Connection:
     """A socket that is kept open between requests."""
 
     def __init__(self, port: int) -> None:
         self._port = port
+        self.is_open = False
 
     async def open(self) -> "Connection":
         """Connect."""
         self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+        self.is_open = True
         return self
 
-    async def post(self, body: bytes) -> tuple[int, bytes]:
-        """The status and body of the answer to a POST; once more where the server had hung up between two requests."""
+    async def post(self, body: bytes) -> Reply:
+        """The answer to a POST; asked once more where the server had hung up between two requests."""
         try:
-            return await self._posted(body)
+            return await self.posted(body)
         except asyncio.IncompleteReadError as error:
             if error.partial:
                 raise
             await self.open()
-            return await self._posted(body)
+            return await self.posted(body)
 
-    async def _posted(self, body: bytes) -> tuple[int, bytes]:
+    async def posted(self, body: bytes) -> Reply:
+        """The answer to a POST."""
         head = f"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         self._writer.write(head.encode() + body)
         found = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
         fields = dict(line.split(": ", 1) for line in found.split("\r\n")[1:] if ": " in line)
         status = int(found.split(" ", 2)[1])
         if "content-length" in fields:
-            return status, await self._reader.readexactly(int(fields["content-length"]))
+            return Reply(status, fields, await self._reader.readexactly(int(fields["content-length"])))
         parts = []
         while size := int(await self._reader.readline(), 16):
             parts.append(await self._reader.readexactly(size))
             await self._reader.readline()
         await self._reader.readline()
-        return status, b"".join(parts)
+        return Reply(status, fields, b"".join(parts))
 
     def close(self) -> None:
         """Hang up."""
-        self._writer.close()
+        if self.is_open:
+            self._writer.close()
 
 
 async def load(port: int, bodies: list[bytes], long: bytes | None, shape: tuple[int, float]) -> dict[str, Any]:
@@ -85,14 +99,14 @@ async def load(port: int, bodies: list[bytes], long: bytes | None, shape: tuple[
             if seconds and start - began > seconds:
                 break
             sent = long if long and number % LONG_EVERY == 0 else bodies[number % len(bodies)]
-            status, body = await asyncio.wait_for(connection.post(sent), PATIENCE_S)
+            reply = await asyncio.wait_for(connection.post(sent), PATIENCE_S)
             answered += 1
             if sent is not long:
                 latencies.append(time.perf_counter() - start)
-            if status != 200:
-                raise SystemExit(f"status {status}: {body[:300]!r}")
+            if reply.status != 200:
+                raise SystemExit(f"status {reply.status}: {reply.body[:300]!r}")
             if not seconds:
-                labels[number] = label_of(json.loads(body))
+                labels[number] = label_of(json.loads(reply.body))
         connection.close()
 
     await asyncio.gather(*(ask() for _ in range(connections)))

@@ -54,7 +54,7 @@ def main() -> int:
         registry = trained(place)
         wanted = labels(registry / "emotion" / "1", texts)
         found = rounds(options, registry, texts, wanted)
-        result = facts(options, len(wanted))
+        result = facts(options, texts)
     contenders = {name: summary(told) | {"settings": SETTINGS[name]} for name, told in found.items()}
     agrees = all(told["same_labels"] >= SAME for told in contenders.values())
     result |= {"contenders": compared(contenders), "agrees": agrees}
@@ -92,14 +92,15 @@ def read_texts(file: str | None) -> list[str]:
     return [json.loads(line)["text"] for line in lines if line]
 
 
-def trained(folder: Path) -> Path:
-    """A registry with emotion@1, from the quickstart's job with one worker."""
+def trained(folder: Path, *changes: str) -> Path:
+    """A registry with emotion@1, or the next version, from the quickstart's job with one worker."""
     registry = folder / "registry"
     values = [
         f"registry.root={registry}",
         f"storage={folder / 'runs'}",
         "scale.workers=1",
         f"data.max_length={MAX_LENGTH}",
+        *changes,
     ]
     command = [sys.executable, "-m", "banjoray.cli", "train", str(ROOT / "jobs" / "quickstart.yaml")]
     run(command + [part for value in values for part in ("--set", value)])
@@ -143,8 +144,8 @@ def rounds(
 
 
 @contextmanager
-def server(case: dict[str, Any]) -> Iterator[None]:
-    """A contender that answers while the block runs; its log is shown only if it does not come up."""
+def server(case: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
+    """The process of a contender that answers while the block runs; its log is shown only if it does not come up."""
     command = [sys.executable, "-m", "benchmarks.serve_contenders", json.dumps(case)]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -156,7 +157,7 @@ def server(case: dict[str, Any]) -> Iterator[None]:
             if not any(line.strip() == "answering" for line in process.stdout):
                 log.seek(0)
                 raise SystemExit(f"{case['contender']} did not come up:\n{log.read()[-4000:]}")
-            yield
+            yield process
         finally:
             process.stdin.close()
             process.wait(120)
@@ -204,20 +205,26 @@ def compared(contenders: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
     return {name: told | {"banjoray_is": round(ours / told[key], 3)} for name, told in contenders.items()}
 
 
-def facts(options: argparse.Namespace, texts: int) -> dict[str, Any]:
+def facts(options: argparse.Namespace, texts: Path) -> dict[str, Any]:
     """What was measured, on what, with which versions."""
-    described = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(described, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
-    return {
-        "benchmark": "serve_throughput",
-        "data": f"{options.name}, {texts} texts, MiniLM",
+    return described("serve_throughput", options.name, texts) | {
         "rounds": options.rounds,
         "seconds": options.seconds,
+        "settings": {"threads": 1, "replicas": 1, "concurrency": CONCURRENCY, "max_length": MAX_LENGTH},
+    }
+
+
+def described(benchmark: str, name: str, texts: Path) -> dict[str, Any]:
+    """A benchmark's name and texts, the machine, versions and commit."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    return {
+        "benchmark": benchmark,
+        "data": f"{name}, {len(json.loads(texts.read_text(encoding='utf-8')))} texts, MiniLM",
         "machine": machine(False),
         "load_before": round(os.getloadavg()[0], 2),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "commit": commit,
-        "settings": {"threads": 1, "replicas": 1, "concurrency": CONCURRENCY, "max_length": MAX_LENGTH},
     }
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from banjoray.serving.batching import FIXED_PARTS, PATIENCE, Batcher, Limits, batch_of
+from banjoray.serving.batching import PATIENCE, Batcher, Limits, batch_of
 from banjoray.serving.costs import FREE, HANDOVER_S, LENGTHS, ROWS, Cost, fitted, measured
+from banjoray.serving.pace import FIXED_PARTS
 
 WIDE = Limits(10**6)
 # A pass costs 10, a cell 1, in milliseconds.

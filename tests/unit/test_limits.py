@@ -1,9 +1,11 @@
-"""What a replica takes on: rows, tokens, time; and that what is given up costs no pass."""
+"""What a replica takes on: time to wait, tokens, time; and that what is given up costs no pass."""
 
 import asyncio
+import re
 import threading
 from collections.abc import Coroutine
 from typing import Any
+from weakref import WeakSet
 
 import httpx
 import pytest
@@ -11,7 +13,8 @@ import pytest
 from banjoray.config.section import validate
 from banjoray.config.serve import ServeConfig
 from banjoray.errors import MOST_TOLD, RequestError
-from banjoray.serving.limits import LONGEST_RETRY_S, Queue
+from banjoray.serving.costs import Cost
+from banjoray.serving.limits import LONGEST_RETRY_S, Entry, Queue
 from endpoints import Plain, client, endpoint
 
 PATIENCE_S = 60.0
@@ -43,62 +46,119 @@ def ask(http: httpx.AsyncClient, count: int, text: str = "a") -> "asyncio.Task[h
     return asyncio.create_task(http.post("/", json={"inputs": [text] * count}))
 
 
-def test_a_row_too_many_gets_429_with_the_seconds_to_wait_and_the_others_are_answered(
+def costly(engine: Plain, monkeypatch: pytest.MonkeyPatch) -> Plain:
+    """The engine, whose passes cost 10 ms and 40 ms per token, and wait for `hold`."""
+    monkeypatch.setattr(engine, "cost", lambda: Cost(fixed=0.01, per_cell=0.04))
+    engine.hold = threading.Event()
+    return engine
+
+
+def test_a_request_that_would_wait_too_long_gets_429_with_the_seconds_to_wait_and_the_others_are_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = Plain()
-    engine.hold = threading.Event()
-    replica = endpoint(monkeypatch, engine, max_queued_rows=4)
+    engine = costly(Plain(), monkeypatch)
+    replica = endpoint(monkeypatch, engine, latency_target_ms=1000)
 
     async def scene() -> None:
         async with client() as http:
-            taken = [ask(http, 1), ask(http, 3)]
-            await until_waiting(replica, 4)
+            # Alone it takes two seconds, and whoever finds nobody before it is taken.
+            large = ask(http, 50)
+            await until_waiting(replica, 50)
             refused = await ask(http, 1)
             assert refused.status_code == 429
-            assert refused.json() == {"error": "4 rows wait here, 4 may; try again in 1 s"}
-            assert refused.headers["retry-after"] == "1"
+            assert refused.headers["retry-after"] == "3"
+            told = re.fullmatch(
+                r"what waits here will take (2\.\d) s, 1 s may; try again in 3 s", refused.json()["error"]
+            )
+            assert told
+            assert float(told[1]) == pytest.approx(50 * 0.05, rel=0.1)
             engine.hold.set()
-            assert [(await task).status_code for task in taken] == [200, 200]
+            assert (await large).status_code == 200
             assert (await ask(http, 1)).status_code == 200
-        assert sum(engine.rows) == 5
+        assert sum(engine.rows) == 51
 
     run(scene())
 
 
-def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    endpoint(monkeypatch, Plain(), max_queued_rows=2)
+def test_what_was_taken_together_is_within_the_target_but_for_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = costly(Plain(), monkeypatch)
+    replica = endpoint(monkeypatch, engine, latency_target_ms=1000)
 
     async def scene() -> None:
         async with client() as http:
-            assert (await ask(http, 7)).status_code == 200
+            asked = [ask(http, 3) for _ in range(40)]
+            # Those that are refused are told before a pass has ended.
+            while sum(task.done() for task in asked) + replica._queue._rows // 3 < len(asked):
+                await asyncio.sleep(0)
+            engine.hold.set()
+            statuses = [(await response).status_code for response in asked]
+        taken = 3 * statuses.count(200)
+        assert set(statuses) == {200, 429}
+        assert sum(engine.rows) == taken
+        # A second's worth of rows, and the request that found less than that before it.
+        assert 1.0 <= taken * 0.05 <= 1.0 + 3 * 0.05 + 0.2
 
     run(scene())
 
 
-@pytest.mark.parametrize(("row_s", "rows", "told"), [(0.0, 10, "1"), (0.5, 10, "5"), (0.55, 10, "6"), (9.0, 99, "60")])
-def test_the_seconds_to_wait_are_what_the_rows_will_take(row_s: float, rows: int, told: str) -> None:
-    config = validate(ServeConfig, {"model": "tiny@1", "max_queued_rows": 1}, "args")
-    silent: Any = Silent()
-    queue: Queue[str, str] = Queue(config, silent)
-    queue._row_s = row_s
-    with queue._counted(rows), pytest.raises(RequestError) as refused:
-        queue._check_room(1)
-    assert refused.value.headers == {"retry-after": told}
-    assert int(told) <= LONGEST_RETRY_S
-    queue._check_room(1)
+@pytest.mark.parametrize(("target", "status"), [({}, 200), ({"latency_target_ms": 1000}, 429), ({"timeout_s": 1}, 429)])
+def test_where_passes_have_no_cost_rows_take_what_rows_took_and_the_time_for_a_request_is_the_target(
+    monkeypatch: pytest.MonkeyPatch, target: dict[str, Any], status: int
+) -> None:
+    engine = Plain()
+    replica = endpoint(monkeypatch, engine, **target)
+    replica.pick()._batcher.pace._row_s = 5.0
+    engine.hold = threading.Event()
+
+    async def scene() -> None:
+        async with client() as http:
+            first = ask(http, 1)
+            await until_waiting(replica, 1)
+            second = ask(http, 1)
+            while not second.done() and replica._queue._rows == 1:
+                await asyncio.sleep(0)
+            engine.hold.set()
+            assert [(await first).status_code, (await second).status_code] == [200, status]
+
+    run(scene())
 
 
-def test_a_batch_teaches_how_long_a_row_takes() -> None:
+class Waits:
+    """What waits in a batcher."""
+
+    measured = True
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def wait_s(self) -> float:
+        return self.seconds
+
+
+@pytest.mark.parametrize(("wait_s", "told"), [(1.01, "2"), (5.0, "5"), (5.5, "6"), (900.0, "60")])
+def test_the_seconds_to_wait_are_what_waits_will_take(wait_s: float, told: str) -> None:
     config = validate(ServeConfig, {"model": "tiny@1"}, "args")
     silent: Any = Silent()
     queue: Queue[str, str] = Queue(config, silent)
-    from banjoray.serving.limits import Entry
+    pace: Any = Waits(wait_s / 2)
+    others: Any = Waits(wait_s / 2)
+    queue.paces = WeakSet([pace, others])
+    with pytest.raises(RequestError) as refused:
+        queue.check_wait()
+    assert refused.value.headers == {"retry-after": told}
+    assert int(told) <= LONGEST_RETRY_S
+    pace.seconds, others.seconds = 1.0, 0.0
+    queue.check_wait()
 
+
+def test_a_batch_is_told_with_its_lengths_and_its_rows_know_when_it_was() -> None:
+    config = validate(ServeConfig, {"model": "tiny@1"}, "args")
+    silent: Any = Silent()
+    queue: Queue[str, str] = Queue(config, silent)
     entries = [Entry("abc"), Entry("a")]
     assert queue.timed(lambda rows: [row.upper() for row in rows])(entries) == ["ABC", "A"]
-    assert queue._row_s > 0
     assert silent.last[0] == [3, 1]
+    assert silent.last[1] > 0
     assert all(entry.began is not None and entry.ended is not None for entry in entries)
 
 

@@ -21,7 +21,14 @@ class ServeConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
         "auto", description="Of the weights; int8 is onnx's, bf16 torch's, fp16 torch's on a GPU; auto as for engine."
     )
-    latency_target_ms: float = Field(
+    latency_target_ms: float | None = Field(
+        None,
+        gt=0,
+        description="A request whose wait for those before it is predicted to be longer is refused with 429 and "
+        "Retry-After, so that one that takes no longer by itself is answered within twice the target. If absent: 1000, "
+        "for models that write texts timeout_s.",
+    )
+    pass_target_ms: float = Field(
         20.0,
         gt=0,
         description="Predicted time of a forward pass up to which waiting rows join it; a row alone may take longer.",
@@ -33,12 +40,6 @@ class ServeConfig(Section):
     max_body_mib: float = Field(4.0, gt=0, description="Size of a request body; more is refused with 413.")
     max_tokens_per_request: int = Field(
         131_072, ge=1, description="Tokens of all rows of one request; more are refused with 413."
-    )
-    max_queued_rows: int = Field(
-        1024,
-        ge=1,
-        description="Rows that a replica has taken and not answered; a request that would make more is refused with "
-        "429 and Retry-After, unless there is none before it.",
     )
     timeout_s: float = Field(
         60.0,

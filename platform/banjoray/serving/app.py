@@ -1,9 +1,10 @@
 """HTTP answers from a registered version: one Ray Serve deployment, ingress and model in the same replica."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from banjoray.serving.security import settled_keys
 from banjoray.training.signals import kept_sigterm
 from ray import serve
 
+SWITCH_S = 5e-4
+
 
 def _replica() -> Replica:
     """Who answers in this process."""
@@ -38,12 +41,26 @@ def _replica() -> Replica:
 api = routes.application(_replica)
 
 
-@serve.deployment(name="Endpoint")
+# A replica refuses by time, in the shape of a request's protocol, with the seconds to wait. So requests go to it at
+# once (Serve's default is 5 at a time); what is too much even so gets Serve's refusal, 429 where its default is 503. A
+# replica that died is found at the next check: every 2 s, where Serve's default is 10.
+@serve.deployment(
+    name="Endpoint",
+    max_ongoing_requests=1024,
+    max_queued_requests=256,
+    backpressure_config={"status_code": 429, "retry_after_s": 1},
+    health_check_period_s=2,
+    # A replica writes a line per request itself (telemetry.py).
+    logging_config={"enable_access_log": False},
+)
 @serve.ingress(api)
 class Endpoint:
     """One replica. Its models are loaded by `reconfigure`, which Serve calls before the first request."""
 
     def __init__(self, config: ServeConfig, versions: Mapping[str, str]) -> None:
+        # The thread that computes and the loop that answers and refuses hand one lock to and fro. A loop that has much
+        # to refuse would keep it for 5 ms each time, several times in a pass.
+        sys.setswitchinterval(SWITCH_S)
         self.replica = Replica(config, serve.get_replica_context().replica_id.unique_id)
         self._versions = versions
         self._rollouts = Rollouts(
@@ -117,7 +134,7 @@ def serving(file: str | Path, port: int | None, say: Callable[[str], None]) -> I
         slow = ingress.haproxy()
         if slow:
             say(f"without HAProxy ({slow}), Serve's own proxy answers a fraction of the requests per second")
-        with kept_sigterm(), nullcontext() if slow else ingress.environment(ingress.fast_path()):
+        with kept_sigterm(), ingress.environment(ingress.PRIORITY | ({} if slow else ingress.fast_path())):
             ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         # What `serve run FILE` does: the config goes to Serve's controller as it is.

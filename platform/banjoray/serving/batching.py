@@ -2,7 +2,8 @@
 
 While one pass runs, rows queue up; the next pass takes the row that is due first and the rows nearest to it in length,
 as long as rows x longest and the predicted time of the pass stay within their budgets, and padding costs less than the
-pass that it saves. With nobody else waiting, a row starts at once.
+pass that it saves. With nobody else waiting, a row starts at once. Where more wait than a pass takes, the next pass is
+handed to the thread while one runs.
 
 A row is due when it has come plus a few times what it costs alone, in predicted seconds of passes made: short rows pass
 a long one, but only for so long. Where passes have no cost, that is the order in which rows come.
@@ -14,7 +15,9 @@ for that of a pass. It begins when the pass that runs has ended, after streams t
 import asyncio
 import math
 import threading
+import time
 from bisect import insort
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,11 +25,10 @@ from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
 
 from banjoray.serving.costs import FREE
+from banjoray.serving.pace import FIXED_PARTS, Pace, Turn
 
 # How many times its own cost a row can be passed by rows that came later.
 PATIENCE = 4.0
-# Of a pass that the fixed part is most of, so many are worth as much as one that is in time.
-FIXED_PARTS = 4.0
 # Rows that are looked at for a batch, those that are due first.
 WINDOW = 512
 
@@ -59,13 +61,15 @@ class _Waiting(Generic[Row, Output]):
     row: Row
     output: "asyncio.Future[Output]" = field(repr=False)
     due: float = 0.0
+    waits: bool = True
 
 
 class Batcher(Generic[Row, Output]):
     """Turns single rows into batches for ``forward``, which runs in one thread beside the event loop.
 
     ``max_tokens`` bounds rows x longest of a batch, and ``target_s`` the seconds that ``cost`` predicts for it; a row
-    that is above them by itself goes alone.
+    that is above them by itself goes alone. The cost follows what passes take by ``clock``, and ``pace`` what waits.
+    Batchers that share a ``thread``, of one worker, take turns.
     """
 
     def __init__(
@@ -75,10 +79,12 @@ class Batcher(Generic[Row, Output]):
         cost: Costs = FREE,
         target_s: float = math.inf,
         thread: ThreadPoolExecutor | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._forward = forward
         self._limits = Limits(max_tokens, target_s)
-        self._cost = cost
+        self.pace = Pace(cost, target_s, clock)
+        self._cost = self.pace.cost
         # By when they are due; the predicted seconds of all passes made so far are the clock.
         self._waiting: list[_Waiting[Row, Output]] = []
         self._spent = 0.0
@@ -88,7 +94,8 @@ class Batcher(Generic[Row, Output]):
     async def outputs(self, rows: Sequence[Row]) -> list[Output]:
         """The outputs of some rows, in their order; they may be computed in several batches.
 
-        Raises what ``forward`` raised for the batch of a row. Rows of a cancelled call are not computed.
+        Raises what ``forward`` raised for the batch of a row. Rows of a call that is cancelled, or has failed, are not
+        computed.
         """
         loop = asyncio.get_running_loop()
         mine = [
@@ -97,9 +104,16 @@ class Batcher(Generic[Row, Output]):
         ]
         for waiting in mine:
             insort(self._waiting, waiting, key=attrgetter("due"))
+            self.pace.joined(len(waiting.row))
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._drain())
-        return list(await asyncio.gather(*(waiting.output for waiting in mine)))
+        try:
+            return list(await asyncio.gather(*(waiting.output for waiting in mine)))
+        finally:
+            for waiting in mine:
+                if waiting.waits:
+                    waiting.output.cancel()
+                    self.pace.left(len(waiting.row))
 
     async def stream(self, write: Callable[[Callable[[Piece], None]], None]) -> AsyncGenerator[Piece, None]:
         """What ``write``, which runs in the thread of ``forward``, tells the function that it is given, as it tells it.
@@ -111,6 +125,7 @@ class Batcher(Generic[Row, Output]):
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[tuple[Piece, ...]] = asyncio.Queue()
         left = threading.Event()
+        turn = self.pace.streaming()
 
         def tell(piece: Piece) -> None:
             if left.is_set():
@@ -119,11 +134,17 @@ class Batcher(Generic[Row, Output]):
 
         def whole() -> None:
             if not left.is_set():
-                write(tell)
+                with self.pace.timed(turn):
+                    write(tell)
 
         written = loop.run_in_executor(self._thread, whole)
+
+        def over(_: object) -> None:
+            self.pace.ended(turn)
+            pieces.put_nowait(())
+
         # Comes after every piece: the loop calls what it is given in order.
-        written.add_done_callback(lambda _: pieces.put_nowait(()))
+        written.add_done_callback(over)
         try:
             while piece := await pieces.get():
                 yield piece[0]
@@ -133,12 +154,22 @@ class Batcher(Generic[Row, Output]):
             written.cancel()
 
     async def _drain(self) -> None:
-        loop = asyncio.get_running_loop()
-        while batch := self._take():
+        handed: deque[tuple[list[_Waiting[Row, Output]], Turn, asyncio.Future[Sequence[Output]]]] = deque()
+        while True:
+            if not handed:
+                self._hand(handed)
+            # Where many wait, the thread has its next pass before this one's end is noticed: a loop that is busy with
+            # what it refuses comes to that late.
+            if handed and self.pace.measured and len(self._waiting) > 2 * len(handed[0][0]):
+                self._hand(handed)
+            if not handed:
+                return
+            batch, turn, outputs = handed.popleft()
             try:
-                outputs = await loop.run_in_executor(self._thread, self._forward, [waiting.row for waiting in batch])
-                answered = list(zip(batch, outputs, strict=True))
+                answered = list(zip(batch, await outputs, strict=True))
+                self.pace.ended(turn)
             except Exception as error:  # noqa: BLE001  the boundary between requests: one batch fails, the rest go on
+                self.pace.ended(turn, told=False)
                 for waiting in batch:
                     if not waiting.output.done():
                         waiting.output.set_exception(error)
@@ -146,6 +177,21 @@ class Batcher(Generic[Row, Output]):
             for waiting, output in answered:
                 if not waiting.output.done():
                     waiting.output.set_result(output)
+
+    def _hand(
+        self, handed: "deque[tuple[list[_Waiting[Row, Output]], Turn, asyncio.Future[Sequence[Output]]]]"
+    ) -> None:
+        """Hand the next batch to the thread, if any row waits."""
+        if batch := self._take():
+            rows = [waiting.row for waiting in batch]
+            turn = self.pace.passing([len(row) for row in rows])
+            loop = asyncio.get_running_loop()
+            handed.append((batch, turn, loop.run_in_executor(self._thread, self._passed, turn, rows)))
+
+    def _passed(self, turn: Turn, rows: Sequence[Row]) -> Sequence[Output]:
+        """A pass, in the thread."""
+        with self.pace.timed(turn):
+            return self._forward(rows)
 
     def _take(self) -> list[_Waiting[Row, Output]]:
         """The next batch, from the rows that are due first."""
@@ -161,7 +207,10 @@ class Batcher(Generic[Row, Output]):
         self._waiting[:seen] = [waiting for number, waiting in enumerate(window) if number not in taken]
         if chosen:
             self._spent += self._cost(len(chosen), max(lengths[number] for number in chosen))
-        return [window[number] for number in chosen]
+        batch = [window[number] for number in chosen]
+        for waiting in batch:
+            waiting.waits = False
+        return batch
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""What a forward pass costs, by its rows and the longest of them: measured at start-up, fitted, asked by batching."""
+"""What a forward pass costs, by its rows and the longest of them: measured at start-up, fitted, asked by batching.
+
+The fit is of an idle machine; `Adaptive` follows what passes take later.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +13,10 @@ import numpy as np
 Row = TypeVar("Row")
 # Handing a batch to the thread and its outputs back, which no measurement inside of the thread sees.
 HANDOVER_S = 2e-4
+# How much the newest pass counts in what is known of the others.
+NEWEST = 0.1
+# One pass, however slow, counts as at most so many times what was expected; and how far the machine may have changed.
+MOST_AT_ONCE, MOST_IN_ALL = 2.0, 32.0
 ROWS, LENGTHS = (1, 2, 4, 8, 16), (8, 16, 32, 64, 128, 256, 512)
 
 
@@ -29,6 +36,26 @@ class Cost:
 
 FREE = Cost()
 """Of a pass that nobody measured: batches are made by their tokens alone."""
+
+
+class Adaptive:
+    """A cost that follows the machine: what was fitted, times what passes take of it lately."""
+
+    def __init__(self, fitted: Callable[[int, int], float]) -> None:
+        self.fitted = fitted
+        self.factor = 1.0
+
+    def __call__(self, rows: int, longest: int) -> float:
+        """Seconds of a pass over ``rows`` rows that are padded to ``longest`` tokens, as the machine is now."""
+        return self.factor * self.fitted(rows, longest)
+
+    def learn(self, rows: int, longest: int, seconds: float) -> None:
+        """Note what a pass took: the factor goes a tenth of the way, in its logarithm."""
+        expected = self(rows, longest)
+        if expected <= 0 or seconds <= 0:
+            return
+        off = min(max(seconds / expected, 1 / MOST_AT_ONCE), MOST_AT_ONCE)
+        self.factor = min(max(self.factor * off**NEWEST, 1 / MOST_IN_ALL), MOST_IN_ALL)
 
 
 def fitted(samples: Sequence[tuple[int, int, float]]) -> Cost:

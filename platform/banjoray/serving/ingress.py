@@ -11,8 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+# Ray's workers give way to everything else on a machine (nice 15). People wait for replicas: beside busy processes
+# these would lose most of their processor.
+PRIORITY = {"RAY_worker_niceness": "0"}
 # Serve keeps a replica open so long for load balancers that learn late that it goes. HAProxy here learns at once.
 DRAINING_S = 1
+# A request that a replica died over is sent to another one: answering twice harms nobody. Its body has to fit into
+# HAProxy's buffer (16 KiB). A request that kills replicas kills no more than two others so.
+RETRY_ON, RETRIES = "conn-failure empty-response", 2
 
 
 def haproxy() -> str:
@@ -38,6 +44,8 @@ def fast_path() -> dict[str, str]:
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_HAPROXY_RETRY_ON": RETRY_ON,
+        "RAY_SERVE_HAPROXY_RETRIES": str(RETRIES),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
     }

@@ -1,4 +1,4 @@
-"""How much an endpoint takes on, and for how long: tokens, rows that wait, time. No Ray.
+"""How much an endpoint takes on, and for how long: tokens, time to wait, time to answer. No Ray.
 
 What is refused is refused before it costs a pass: 413 for a request that is too large, 429 for one too many, 504 (408
 if its body never came) for one that took too long. Whoever is cancelled leaves the queue.
@@ -10,17 +10,19 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Generic, TypeVar
+from weakref import WeakSet
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from banjoray.config.serve import ServeConfig
 from banjoray.errors import RequestError
 from banjoray.serving.batching import Batcher, Sized
+from banjoray.serving.pace import Pace
 from banjoray.serving.telemetry import Refuse, Telemetry, current
 
 LONGEST_RETRY_S = 60
-# How much the newest batch counts in the mean time of a row.
-_NEWEST = 0.2
+# The target where a serve config says none, of models whose passes have a cost.
+USUAL_TARGET_S = 1.0
 
 Row = TypeVar("Row", bound=Sized)
 Output = TypeVar("Output")
@@ -43,13 +45,14 @@ class Entry(Generic[Row]):
 
 
 class Queue(Generic[Row, Output]):
-    """The rows that a replica has taken and not answered: bounded, timed, told to its telemetry."""
+    """The rows that a replica has taken and not answered: bounded by the time they need, timed, told to telemetry."""
 
     def __init__(self, config: ServeConfig, telemetry: Telemetry) -> None:
         self._config = config
         self._telemetry = telemetry
         self._rows = 0
-        self._row_s = 0.0
+        self.paces: WeakSet[Pace] = WeakSet()
+        """Of every batcher of the replica; their passes take turns in one thread."""
 
     def timed(
         self, forward: Callable[[Sequence[Row]], Sequence[Output]]
@@ -63,8 +66,6 @@ class Queue(Generic[Row, Output]):
             for entry in entries:
                 entry.began, entry.ended = began, ended
             self._telemetry.batch([len(entry) for entry in entries], ended - began)
-            row_s = (ended - began) / len(entries)
-            self._row_s = row_s if not self._row_s else self._row_s + _NEWEST * (row_s - self._row_s)
             return outputs
 
         return inner
@@ -74,9 +75,9 @@ class Queue(Generic[Row, Output]):
     ) -> list[list[Row]]:
         """The features that ``encode`` makes of a request's rows.
 
-        Raises RequestError: 429 if there is no room for them, 413 for too many tokens.
+        Raises RequestError: 429 if they would wait for too long, 413 for too many tokens.
         """
-        self._check_room(len(rows))
+        self.check_wait()
         record = current()
         record.rows = len(rows)
         record.texts = rows if self._telemetry.log_texts else None
@@ -90,8 +91,8 @@ class Queue(Generic[Row, Output]):
         return encoded
 
     async def outputs(self, batcher: Batcher[Entry[Row], Output], rows: Sequence[Row]) -> list[Output]:
-        """The batcher's outputs for some rows; raises RequestError, 429, if there is no room for them."""
-        self._check_room(len(rows))
+        """The batcher's outputs for some rows; raises RequestError, 429, if they would wait for too long."""
+        self.check_wait()
         entries = [Entry(row) for row in rows]
         entered = time.perf_counter()
         with self._counted(len(rows)):
@@ -121,13 +122,41 @@ class Queue(Generic[Row, Output]):
             self._rows -= rows
             self._telemetry.queued(self._rows)
 
-    def _check_room(self, rows: int) -> None:
-        most = self._config.max_queued_rows
-        if not self._rows or self._rows + rows <= most:
+    def check_wait(self) -> None:
+        """Raise RequestError, 429, where a request would wait for others for longer than the target.
+
+        What it takes by itself does not count: one that is large would have to find an idle replica.
+        """
+        target, wait_s = self._config.latency_target_ms, sum(pace.wait_s() for pace in self.paces)
+        usual_s = USUAL_TARGET_S if all(pace.measured for pace in self.paces) else self._config.timeout_s
+        most_s = usual_s if target is None else target / 1000
+        if wait_s <= most_s:
             return
-        wait_s = min(LONGEST_RETRY_S, max(1, math.ceil(self._rows * self._row_s)))
-        told = f"{self._rows} rows wait here, {most} may; try again in {wait_s} s"
-        raise RequestError(told, 429, {"retry-after": str(wait_s)})
+        retry_s = min(LONGEST_RETRY_S, math.ceil(wait_s))
+        told = f"what waits here will take {wait_s:.2g} s, {most_s:g} s may; try again in {retry_s} s"
+        raise RequestError(told, 429, {"retry-after": str(retry_s)})
+
+
+class Admitted:
+    """ASGI middleware that refuses a POST for which ``check`` raises RequestError, before anything of it is read.
+
+    Under overload most of what a replica does is to refuse. By way of the routes that takes four times as long.
+    """
+
+    def __init__(self, app: ASGIApp, check: Callable[[], None], refuse: Refuse) -> None:
+        self._app = app
+        self._check = check
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or refuse it."""
+        app = self._app
+        if scope["type"] == "http" and scope["method"] == "POST":
+            try:
+                self._check()
+            except RequestError as error:
+                app = self._refuse(scope, error.message, error.status, error.headers or {})
+        await app(scope, receive, send)
 
 
 class Bounded:

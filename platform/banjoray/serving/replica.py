@@ -66,6 +66,10 @@ class Replica:
         """What answers with an engine; it gets no requests before it stands in a slot."""
         return Served(engine, self.limits, self._queue, self._thread)
 
+    def check_wait(self) -> None:
+        """Raise RequestError, 429, where whoever asks now would wait too long."""
+        self._queue.check_wait()
+
     def pick(self, name: object = None) -> Served:
         """Who answers the request that is answered here, for a model's name or name@version; the only model, for None.
 

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from banjoray.errors import RequestError
-from banjoray.serving.limits import Bounded
+from banjoray.serving.limits import Admitted, Bounded
 from banjoray.serving.protocols import huggingface, kserve, openai, tei
 from banjoray.serving.protocols.bodies import refusals
 from banjoray.serving.replica import Replica, Slot
@@ -42,6 +42,7 @@ def application(replica: Callable[[], Replica]) -> FastAPI:
     api.include_router(_about(replica))
     # The last one added is the outermost.
     api.add_middleware(Bounded, timeout_s=lambda: replica().limits.timeout_s, refuse=refusal)
+    api.add_middleware(Admitted, check=lambda: replica().check_wait(), refuse=refusal)
     api.add_middleware(Keyed, keys=lambda: replica().keys, refuse=refusal)
     api.add_middleware(Observed, telemetry=lambda: replica().telemetry, refuse=refusal)
     return api

@@ -46,8 +46,9 @@ class Served:
         self.limits = limits
         self._queue = queue
         self._batcher: Batcher[Entry[Feature], np.ndarray] = Batcher(
-            queue.timed(engine.forward), limits.max_batch_tokens, engine.cost(), limits.latency_target_ms / 1000, thread
+            queue.timed(engine.forward), limits.max_batch_tokens, engine.cost(), limits.pass_target_ms / 1000, thread
         )
+        queue.paces.add(self._batcher.pace)
         self.headers = {"x-model-version": str(engine.version), "x-run-id": str(engine.version.lineage["run"])}
         self.told: Callable[[Ask, Answered], None] = silent
         """Is told of every whole answer, and must not wait."""

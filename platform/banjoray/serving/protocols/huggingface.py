@@ -51,7 +51,7 @@ _DOCUMENTED: dict[str, Any] = {
             408: "The body stopped half way.",
             413: "Too large.",
             422: "Wrong shape.",
-            429: "Too many rows wait; Retry-After says for how long.",
+            429: "Too much waits; Retry-After says for how long.",
             504: "No answer in time.",
         }.items()
     },
