@@ -78,6 +78,11 @@ class Replica:
         return self._engine.tokenizer
 
     @property
+    def cells(self) -> Sequence[str]:
+        """What a row of a request is made of."""
+        return self._engine.cells
+
+    @property
     def max_length(self) -> int:
         """How many tokens of a text it reads."""
         return self._engine.max_length
