@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from banjoray.models.loading import Base, load_tokenizer
 from banjoray.serving.engine import Engine
 from banjoray.tasks.generation import set_generation
 from banjoray.tasks.task import task_for
+from endpoints import version
 from factories import tiny_model, tiny_tokenizer
 from masked import masked_config, pieces_tokenizer
 from replicas import InProcess, encoder, talker
-from tagged import tokenizer_of
-from writers import writer, writing_job
+from writers import writing_job
 
 CHROMIUMS = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
 EMOTIONS = ("sadness", "joy", "love", "anger", "fear", "surprise")
@@ -36,25 +35,22 @@ def _job(task: str, changes: Mapping[str, Any]) -> JobConfig:
     return validate(JobConfig, tree, "test job").with_values(dict(changes))
 
 
-def labelled(
-    folder: Path, task: str, labels: tuple[str, ...] = EMOTIONS, tokenizer: Any = None, **changes: Any
-) -> Engine:
+def labelled(folder: Path, task: str, labels: tuple[str, ...] = EMOTIONS, seed: int = 7, **changes: Any) -> Engine:
     """A tiny BERT that gives every text, or token, wide scores for these labels; ``changes``: keys, ``__`` for dots."""
     import torch
     import transformers
 
-    tokenizer = tokenizer or tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
     job = _job(task, {key.replace("__", "."): value for key, value in changes.items()})
     settled = task_for(task).settled(job)
-    config = transformers.AutoConfig.from_pretrained(tiny_model(folder), initializer_range=0.3)
+    config = transformers.AutoConfig.from_pretrained(tiny_model(folder), initializer_range=0.5)
     config.update({"vocab_size": len(tokenizer), "id2label": dict(enumerate(labels))})
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     model = getattr(transformers, settled.auto_model).from_config(config).eval()
-    version = replace(encoder(folder / "beside", task).version, labels=labels)
-    return Engine(version, settled, model, tokenizer, job)
+    return Engine(version(task, labels), settled, model, tokenizer, job)
 
 
-def filler(folder: Path) -> Engine:
+def filler() -> Engine:
     """A tiny BERT that fills masks."""
     import torch
     import transformers
@@ -62,9 +58,8 @@ def filler(folder: Path) -> Engine:
     tokenizer = pieces_tokenizer()
     torch.manual_seed(7)
     model = transformers.AutoModelForMaskedLM.from_config(masked_config("bert", len(tokenizer))).eval()
-    version = encoder(folder, "feature-extraction").version
     task = task_for("fill-mask").for_tokenizer(tokenizer)
-    return Engine(replace(version, task="fill-mask"), task, model, tokenizer, _job("fill-mask", {}))
+    return Engine(version("fill-mask"), task, model, tokenizer, _job("fill-mask", {}))
 
 
 def shortener(folder: Path) -> Engine:
@@ -75,23 +70,20 @@ def shortener(folder: Path) -> Engine:
     model: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(job.model.base).eval()
     tokenizer = load_tokenizer(Base(str(job.model.base), "", {}))
     set_generation(model, tokenizer, job)
-    version = replace(encoder(folder / "beside", "feature-extraction").version, task="summarization")
-    return Engine(version, task_for("summarization").settled(job), model, tokenizer, job)
+    return Engine(version("summarization"), task_for("summarization").settled(job), model, tokenizer, job)
 
 
 ENGINES: Mapping[str, Callable[[Path], Engine]] = {
     "labels": lambda folder: labelled(folder, "text-classification"),
     "several": lambda folder: labelled(folder, "text-classification", classification__problem_type="multi_label"),
     "number": lambda folder: encoder(folder, "text-classification", **{"classification.problem_type": "regression"}),
-    "pair": lambda folder: labelled(
-        folder, "text-classification", ("no", "yes"), data__columns={"text_pair": "second"}
-    ),
+    "pair": lambda folder: labelled(folder, "text-classification", ("no", "yes"), data__columns__text_pair="second"),
     "any": lambda folder: labelled(
-        folder, "zero-shot-classification", ("contradiction", "entailment"), data__columns={"text_pair": "second"}
+        folder, "zero-shot-classification", ("contradiction", "entailment"), data__columns__text_pair="second"
     ),
-    "entities": lambda folder: labelled(folder, "token-classification", TAGS, tokenizer_of("bert")),
+    "entities": lambda folder: labelled(folder, "token-classification", TAGS, seed=11),
     "answers": lambda folder: encoder(folder, "question-answering"),
-    "masks": filler,
+    "masks": lambda _: filler(),
     "vectors": lambda folder: encoder(folder, "feature-extraction"),
     "writer": lambda folder: talker(folder, None),
     "shortener": shortener,
@@ -116,9 +108,9 @@ def served(app: Any) -> Iterator[str]:
 @contextmanager
 def playgrounds(folder: Path, **closed: Any) -> Iterator[tuple[str, dict[str, InProcess]]]:
     """The address of all of `ENGINES` under their names, and who answers; under "closed" "labels" with these limits."""
-    made = {name: InProcess(make(folder / name)) for name, make in ENGINES.items()}
+    made = {name: InProcess(make(folder / name), access_log=False) for name, make in ENGINES.items()}
     if closed:
-        made["closed"] = InProcess(made["labels"].engine, **closed)
+        made["closed"] = InProcess(made["labels"].engine, access_log=False, **closed)
     try:
         with served(Starlette(routes=[Mount(f"/{name}", found.app) for name, found in made.items()])) as address:
             yield address, made

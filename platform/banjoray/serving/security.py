@@ -106,9 +106,9 @@ class Keyed:
     """ASGI middleware that lets requests with a known key through; others get 401, but on `OPEN_PATHS`.
 
     ``keys`` gives the keys of the replica, or None where none are asked for. A key is sent as ``Authorization: Bearer
-    KEY``, as ``x-api-key: KEY``, or as a browser does, as the password of ``Authorization: Basic``. A browser sends that
-    by itself, also where a page of another site has it send a request, so such a request gets 403. The scope's
-    "banjoray.key" is the name of the key that was sent.
+    KEY``, as ``x-api-key: KEY``, or, by browsers, as the password of ``Authorization: Basic``. A browser adds that by
+    itself, also to what a page of another site has it send, so such a request gets 403. The scope's "banjoray.key" is
+    the name of the key that was sent.
     """
 
     def __init__(self, app: ASGIApp, keys: Callable[[], Keys | None], refuse: Refuse) -> None:

@@ -2,22 +2,27 @@
 
 import { counted, element, milliseconds } from "./dom.js";
 
-function part(name, time) {
-  const square = element("span", { className: `square ${name.replaceAll(" ", "-")}`, "aria-hidden": "true" });
-  return element("div", {}, element("dt", {}, square, name), element("dd", { textContent: milliseconds(time) }));
+const classOf = (name) => name.replaceAll(" ", "-");
+
+function part(name, time, square) {
+  const told = element("dd", { textContent: milliseconds(time) });
+  return element("div", { className: square ? "" : "total" }, element("dt", {}, square, name), told);
 }
 
 // A bar of parts, each as wide as it took, and their times below it; `total` is what they are parts of.
-function times(parts, total) {
-  const named = Object.entries(parts);
-  const rest = total - named.reduce((sum, [, time]) => sum + time, 0);
+function times(known, total) {
+  const rest = total - Object.values(known).reduce((sum, time) => sum + time, 0);
+  const parts = Object.entries(rest > 0 ? { ...known, other: rest } : known);
   const bar = element("div", { className: "timeline", "aria-hidden": "true" });
-  for (const [name, time] of [...named, ["rest", Math.max(0, rest)]]) {
-    const piece = element("span", { className: name.replaceAll(" ", "-") });
+  const list = element("dl", { className: "times" });
+  for (const [name, time] of parts) {
+    const piece = element("span", { className: classOf(name) });
     piece.style.flexGrow = String(time);
     bar.append(piece);
+    list.append(part(name, time, element("span", { className: `square ${classOf(name)}`, "aria-hidden": "true" })));
   }
-  return [bar, element("dl", { className: "times" }, named.map(([name, time]) => part(name, time)), part("total", total))];
+  list.append(part("total", total, null));
+  return [bar, list];
 }
 
 // The server's times; of a stream, whose end it can't tell at its start, those that were seen here.
@@ -27,8 +32,7 @@ function timesOf(answer) {
     return total === undefined ? [] : times(parts, total);
   }
   if (answer.first === null) return [];
-  const parts = { "first token": answer.first, "other tokens": answer.all - answer.first };
-  return times(parts, answer.all);
+  return times({ "first token": answer.first, "other tokens": answer.all - answer.first }, answer.all);
 }
 
 function tokens(answer) {
