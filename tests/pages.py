@@ -91,9 +91,9 @@ ENGINES: Mapping[str, Callable[[Path], Engine]] = {
 
 
 @contextmanager
-def served(app: Any) -> Iterator[str]:
-    """An application behind uvicorn on a free port of 127.0.0.1; its address."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", timeout_graceful_shutdown=5)
+def served(app: Any, port: int = 0) -> Iterator[str]:
+    """An application behind uvicorn on 127.0.0.1, a free port if 0; its address."""
+    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="critical", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -4,13 +4,16 @@ import { counted, element, percent, points } from "./dom.js";
 
 const SHOWN = 12;
 const COLOURS = 6;
+const LONG = 28;
 
 const isShare = (score) => score >= 0 && score <= 1;
 const figure = (number) => String(Number(number.toPrecision(4)));
 const score = (number) => (isShare(number) ? percent(number) : figure(number));
 
 function headline(text, aside) {
-  return element("p", { className: "headline" }, element("strong", { textContent: text }), aside && element("span", { textContent: aside }));
+  const size = text.length > LONG ? "headline long" : "headline";
+  const share = aside ? element("span", { textContent: aside }) : null;
+  return element("p", { className: size }, element("strong", { textContent: text }), share);
 }
 
 // Entries of {name, share, strong} as a list of bars, the first ones; the rest can be unfolded.
@@ -81,7 +84,8 @@ function answers(body, about, request) {
   const found = Array.isArray(body) ? body : [body];
   const [best] = found;
   const mark = (span, words) => element("mark", { className: "entity kind-0", textContent: words });
-  const context = element("p", { className: "text", tabindex: "0", "aria-label": "Context" }, marked(request.inputs.context, [best], mark));
+  const context = element("p", { className: "text" }, marked(request.inputs.context, [best], mark));
+  context.tabIndex = 0;
   const rest = found.slice(1).map((entry) => ({ name: entry.answer || "no answer", share: entry.score, strong: false }));
   return [headline(best.answer || "No answer in this context", score(best.score)), context, ...(rest.length ? bars(rest) : [])];
 }

@@ -4,9 +4,8 @@ import { counted, element, milliseconds } from "./dom.js";
 
 const classOf = (name) => name.replaceAll(" ", "-");
 
-function part(name, time, square) {
-  const told = element("dd", { textContent: milliseconds(time) });
-  return element("div", { className: square ? "" : "total" }, element("dt", {}, square, name), told);
+function fact(className, name, value) {
+  return element("div", { className }, element("dt", {}, name), element("dd", { textContent: value }));
 }
 
 // A bar of parts, each as wide as it took, and their times below it; `total` is what they are parts of.
@@ -19,20 +18,20 @@ function times(known, total) {
     const piece = element("span", { className: classOf(name) });
     piece.style.flexGrow = String(time);
     bar.append(piece);
-    list.append(part(name, time, element("span", { className: `square ${classOf(name)}`, "aria-hidden": "true" })));
+    const square = element("span", { className: `square ${classOf(name)}`, "aria-hidden": "true" });
+    list.append(fact("", [square, name], milliseconds(time)));
   }
-  list.append(part("total", total, null));
   return [bar, list];
 }
 
-// The server's times; of a stream, whose end it can't tell at its start, those that were seen here.
+// The server's times and what they are parts of; of a stream, whose end it can't tell at its start, those seen here.
 function timesOf(answer) {
   if (answer.first === undefined) {
     const { total, ...parts } = answer.times;
-    return total === undefined ? [] : times(parts, total);
+    return { parts, total };
   }
-  if (answer.first === null) return [];
-  return times({ "first token": answer.first, "other tokens": answer.all - answer.first }, answer.all);
+  if (answer.first === null) return { parts: {}, total: undefined };
+  return { parts: { "first token": answer.first, "other tokens": answer.all - answer.first }, total: answer.all };
 }
 
 function tokens(answer) {
@@ -43,13 +42,17 @@ function tokens(answer) {
 
 // Nodes for what is told; `shown` is the version that the page was loaded for.
 export function told(answer, shown) {
-  const facts = element("dl", { className: "facts" });
-  const fact = (name, value) => facts.append(element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: value })));
-  if (answer.version) fact("Version", answer.version === shown ? answer.version : `${answer.version}, not ${shown}`);
-  if (tokens(answer)) fact("Tokens", tokens(answer));
+  const { parts, total } = timesOf(answer);
   const seconds = (answer.all - answer.first) / 1000;
-  if (answer.written > 1 && seconds > 0) fact("Speed", `${Math.round((answer.written - 1) / seconds)} tokens/s`);
-  return [facts, ...timesOf(answer)];
+  const version = answer.version === shown ? answer.version : `${answer.version}, not ${shown}`;
+  const facts = [
+    answer.version && fact("", "Version", version),
+    tokens(answer) && fact("", "Tokens", tokens(answer)),
+    answer.written > 1 && seconds > 0 && fact("", "Speed", `${Math.round((answer.written - 1) / seconds)} tokens/s`),
+    total !== undefined && fact("total", "Total", milliseconds(total)),
+  ];
+  const list = element("dl", { className: "facts" }, facts.filter((node) => node));
+  return [list, ...(total === undefined ? [] : times(parts, total))];
 }
 
 export const summary = (answer) => counted(answer.written, "token", "tokens");
