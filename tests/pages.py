@@ -1,5 +1,6 @@
 """Playgrounds of tiny models of random weights, one application per task behind one server on 127.0.0.1; no Ray."""
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ from masked import masked_config, pieces_tokenizer
 from replicas import InProcess, encoder, talker
 from writers import writing_job
 
-CHROMIUMS = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 EMOTIONS = ("sadness", "joy", "love", "anger", "fear", "surprise")
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 PATIENCE_S = 60.0
@@ -129,7 +130,7 @@ def wait_until(true: Callable[[], Any]) -> None:
 
 def chromium() -> str | None:
     """The browser of this machine, None where there is none."""
-    return next((path for path in CHROMIUMS if Path(path).exists()), None)
+    return next((path for name in CHROMIUMS if (path := shutil.which(name))), None)
 
 
 def ask(address: str, request: Mapping[str, Any]) -> Any:
