@@ -253,6 +253,7 @@ class Held:
         self.told = 0
         self.ended = threading.Event()
         self.may = threading.Event()
+        self.error: Exception | None = None
         streamed = engine.streamed
 
         def held(ask: Any, rows: Any) -> Callable[[Callable[[Any], None]], None]:
@@ -262,6 +263,8 @@ class Held:
                 def telling(piece: Any) -> None:
                     if self.told == until:
                         assert self.may.wait(60)
+                        if self.error:
+                            raise self.error
                     tell(piece)
                     self.told += 1
 
@@ -320,6 +323,23 @@ def test_stopping_ends_the_writing_at_the_server(
     assert held.told == 2
     expect(page.get_by_role("button", name="Stop")).to_be_hidden()
     assert page.get_by_role("button", name="Send").is_enabled()
+
+
+def test_a_stream_that_breaks_off_leaves_what_was_written_and_says_so(
+    opened: Open, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch, site.made["writer"].engine, until=4)
+    page = opened("writer")
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_role("status")).to_have_text("Writing")
+    written = page.locator(".written").text_content()
+    held.error = RuntimeError("full")
+    held.may.set()
+    expect(page.get_by_role("status")).to_have_text("Broken off")
+    expect(page.get_by_role("alert")).to_have_text(
+        "No answerthe answer broke off; the server's log says why"
+    )
+    assert (page.locator(".written").text_content() or "").startswith(written or "nothing")
 
 
 def test_a_summary_is_a_text(opened: Open, site: Site) -> None:
@@ -401,6 +421,7 @@ def test_a_phone_and_a_keyboard_are_enough_and_python_as_it_is_shown_gets_the_sa
     page = opened(name, viewport={"width": 360, "height": 640}, color_scheme="dark")
     with page.expect_request("**/models/tiny") as caught:
         send(page)
+    expect(page.get_by_role("heading", name="Answer")).to_be_in_viewport()
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     assert page.evaluate(UNNAMED) == 0
     assert {"send", "copy", "field-1"} <= tabbed(page)
@@ -411,6 +432,17 @@ def test_a_phone_and_a_keyboard_are_enough_and_python_as_it_is_shown_gets_the_sa
     assert (str(answer[0][0])[:4] if name == "vectors" else first_text(answer)) in printed(source)
 
 
+def ran(page: Page, language: str, folder: Path, key: str = "") -> str:
+    """What curl or JavaScript prints, as the page shows it."""
+    command = {"curl": ["bash", "request.sh"], "JavaScript": [str(NODE), "request.mjs"]}[language]
+    source = code(page, language).replace("response.json()", "response.text()")
+    assert not key or ("Authorization: Bearer $KEY" in source or "process.env.KEY" in source)
+    assert not key or key not in source
+    (folder / command[1]).write_text(source, encoding="utf-8")
+    environment = os.environ | {"KEY": key}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
+
+
 def test_curl_and_javascript_as_they_are_shown_get_the_same_answer(opened: Open, site: Site, tmp_path: Path) -> None:
     page = opened("closed", http_credentials={"username": "anybody", "password": site.key})
     text = 'it\'s "mine" \\ \u00e9 \U0001f600 $KEY `x`'
@@ -418,16 +450,14 @@ def test_curl_and_javascript_as_they_are_shown_get_the_same_answer(opened: Open,
     send(page)
     (entries,) = site.ask("labels", text)
     assert near(bars(page), entries)
-    scripts = {"curl": ["bash", "request.sh"], "JavaScript": [str(NODE), "request.mjs"]}
-    for language, command in scripts.items():
-        source = code(page, language)
-        assert "Authorization: Bearer $KEY" in source or "process.env.KEY" in source
-        assert site.key not in source
-        (tmp_path / command[1]).write_text(source.replace("response.json()", "response.text()"), encoding="utf-8")
-        ran = subprocess.run(
-            command, cwd=tmp_path, env=os.environ | {"KEY": site.key}, capture_output=True, text=True, check=True
-        )
-        assert json.loads(ran.stdout) == [[pytest.approx(entry, abs=1e-5) for entry in entries]]
+    for language in ("curl", "JavaScript"):
+        found = json.loads(ran(page, language, tmp_path, site.key))
+        assert found == [[pytest.approx(entry, abs=1e-5) for entry in entries]]
+    page = opened("writer")
+    (whole,) = site.ask("writer", page.get_by_label("Prompt").input_value())
+    for language in ("curl", "JavaScript"):
+        last = ran(page, language, tmp_path).split("data:")[-1]
+        assert json.loads(last)["generated_text"] == whole["generated_text"]
 
 
 def test_code_is_copied(opened: Open) -> None:

@@ -25,7 +25,6 @@ function introduce() {
   document.title = `${about.model}, banjoray`;
   found("model").textContent = about.model;
   found("version").textContent = `@${about.version}`;
-  found("version").setAttribute("aria-label", `version ${about.version}`);
   const { engine, precision, why } = about.engine;
   const facts = [["Task", about.task, ""], ["Engine", `${engine}, ${precision}`, why]];
   if (about.labels.length) facts.push(["Labels", String(about.labels.length), about.labels.slice(0, 40).join(", ")]);
@@ -68,7 +67,7 @@ function showProblem(title, message) {
 }
 
 function showError(error) {
-  if (!(error instanceof Refused)) {
+  if (!(error instanceof Refused) || error.status === 200) {
     showProblem("No answer", String(error.message));
     return;
   }
@@ -110,6 +109,12 @@ function finish(answer, request, state) {
   if (mark) mark.parentElement.scrollTop = mark.offsetTop - mark.parentElement.offsetTop - 40;
 }
 
+// On a narrow screen the answer stands below the form, where nobody would see that it has come.
+function reveal() {
+  const { top } = found("result").getBoundingClientRect();
+  if (top < 0 || top > innerHeight * 0.7) found("result").scrollIntoView();
+}
+
 function stopped(request) {
   const { seen } = running;
   if (seen) finish(seen, request, `Stopped after ${summary(seen)}`);
@@ -140,13 +145,14 @@ async function send() {
     if (error.name === "AbortError") {
       stopped(request);
     } else {
-      found("answer").replaceChildren();
-      say("");
+      if (running.seen) finish(running.seen, request, "Broken off");
+      else say("");
       showError(error);
     }
   } finally {
     running = null;
     busy(false);
+    reveal();
   }
 }
 

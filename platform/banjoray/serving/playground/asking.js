@@ -50,16 +50,18 @@ async function* eventsOf(body) {
 }
 
 async function streamed(response, began, tell) {
-  const found = { ...headersOf(response.headers), text: "", written: 0, first: null };
+  const found = { ...headersOf(response.headers), text: "", written: 0, first: null, whole: false };
   for await (const event of eventsOf(response.body)) {
     if (event.error) throw new Refused(response.status, event.error, null);
     found.written += 1;
     found.first ??= performance.now() - began;
     if (!event.token.special) found.text += event.token.text;
     if (event.generated_text !== null) found.text = event.generated_text;
+    found.whole = event.generated_text !== null;
     found.all = performance.now() - began;
     tell(found);
   }
+  if (!found.whole) throw new Error("The stream ended before its last token.");
   return found;
 }
 
