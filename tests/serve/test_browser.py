@@ -336,9 +336,7 @@ def test_a_stream_that_breaks_off_leaves_what_was_written_and_says_so(
     held.error = RuntimeError("full")
     held.may.set()
     expect(page.get_by_role("status")).to_have_text("Broken off")
-    expect(page.get_by_role("alert")).to_have_text(
-        "No answerthe answer broke off; the server's log says why"
-    )
+    expect(page.get_by_role("alert")).to_have_text("No answerthe answer broke off; the server's log says why")
     assert (page.locator(".written").text_content() or "").startswith(written or "nothing")
 
 

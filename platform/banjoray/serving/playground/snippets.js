@@ -54,7 +54,10 @@ function client(address, request, keys, [method]) {
     ...(keys ? ["import os", ""] : []),
     "from huggingface_hub import InferenceClient",
     "",
-    `client = InferenceClient(model=${python(address)}, api_key=${keyOf(keys)})`,
+    "client = InferenceClient(",
+    `    model=${python(address)},`,
+    `    api_key=${keyOf(keys)},`,
+    ")",
     ...(request.stream ? [`for token in ${call}:`, '    print(token, end="", flush=True)'] : [`print(${call})`]),
   ];
 }
