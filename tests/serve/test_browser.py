@@ -48,6 +48,8 @@ def browser() -> Iterator[Browser]:
     found = chromium()
     if found is None:
         pytest.skip("no Chromium on this machine, so nobody looked at the playground: apt-get install chromium")
+    # A busy machine needs longer than usual, and nothing here waits longer than it has to.
+    expect.set_options(timeout=20_000)
     # Chromium's own sandbox refuses to start as root.
     root = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as driver:
