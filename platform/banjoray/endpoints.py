@@ -30,7 +30,7 @@ def serve(
         from banjoray.serving.app import serving
 
         with serving(file, port, saying(console)) as url:
-            saying(console)(f"answering at {url} (docs at {url}/docs); Ctrl-C stops it")
+            saying(console)(f"answering at {url} (try it at {url}/ui, docs at {url}/docs); Ctrl-C stops it")
             signal.pause()
 
     quietly(work)

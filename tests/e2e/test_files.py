@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").rglob("*.yaml"))
 TINY = ROOT / "jobs/tiny"
 SERVE_CONFIGS = sorted(path for path in (ROOT / "serve_configs").glob("*.yaml") if path.name != "kustomization.yaml")
+PLAYGROUND = ROOT / "platform/banjoray/serving/playground"
 
 
 def named(path: Path) -> str:
@@ -104,6 +105,9 @@ def test_a_wheel_carries_what_the_quickstart_needs(tmp_path: Path) -> None:
     needed = [f"banjoray/data/samples/{path.relative_to(SHIPPED).as_posix()}" for path in SHIPPED.rglob("*.jsonl")]
     assert len(needed) >= 21
     needed += ["banjoray/shipped/jobs/quickstart.yaml", "banjoray/shipped/serve_configs/quickstart.yaml"]
+    page = [path for path in PLAYGROUND.iterdir() if path.is_file()]
+    assert {path.suffix for path in page} == {".py", ".html", ".css", ".js", ".svg"}
+    needed += [f"banjoray/serving/playground/{path.name}" for path in page]
     assert [name for name in needed if name not in names] == []
     assert not [name for name in names if name.startswith(("platform/", "tests/"))]
 

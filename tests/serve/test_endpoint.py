@@ -16,6 +16,7 @@ from banjoray.errors import ConfigError, RegistryError
 from banjoray.serving.app import read_config, serving
 from banjoray.serving.security import add_key
 from factories import sample_rows
+from pages import wait_until
 from serve.trained import Shelf, free_port, plain_scores, stock
 
 TEXT = "the whole evening was a lovely surprise"
@@ -340,6 +341,23 @@ def test_an_application_with_keys_beside_one_without_asks_for_them_everywhere_bu
     opened = client.post("/closed/models/tiny", json={"inputs": TEXT}, headers=key)
     assert opened.status_code == 200
     assert {entry["label"] for entry in opened.json()[0]} == set(scores(ask(client, TEXT)[0]))
+
+
+def test_the_playground_is_at_every_application_and_a_browser_is_asked_for_its_key(
+    client: httpx.Client, shelf: Shelf
+) -> None:
+    page = client.get("/ui")
+    assert page.headers["content-type"].startswith("text/html")
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    assert client.get("/ui/app.js").status_code == 200
+    assert client.get("/ui/about").json()["cells"] == ["text"]
+    refused = client.get("/closed/ui")
+    assert (refused.status_code, refused.headers["www-authenticate"].split()[0]) == (401, "Basic")
+    key = add_key(shelf.folder / "keys.yaml", "bob")
+    wait_until(lambda: client.get("/closed/ui", auth=("", key)).status_code == 200)
+    assert client.get("/closed/ui/about", auth=("", key)).json()["keys"] is True
+    asked = client.post("/closed/models/tiny", json={"inputs": TEXT}, auth=("", key))
+    assert (asked.status_code, asked.headers["x-tokens"]) == (200, "9")
 
 
 def test_a_request_keeps_its_id_and_is_told_its_times_and_a_new_one_gets_one(client: httpx.Client) -> None:

@@ -54,6 +54,7 @@ class ServeConfig(Section):
     )
     access_log: bool = Field(True, description="Write a JSON line per request to stderr, without its texts.")
     log_texts: bool = Field(False, description="Write texts of requests, and messages of errors, to the log too.")
+    playground: bool = Field(True, description="Answer GET /ui with a page to try the model in a browser.")
 
     @model_validator(mode="after")
     def _names(self) -> Self:

@@ -42,6 +42,11 @@ class Engine:
         return self._data.max_length
 
     @property
+    def cells(self) -> tuple[str, ...]:
+        """What a row of a request is made of, as the rows that it was trained on: text, and text_pair, say."""
+        return tuple(self.task.asked(self._data))
+
+    @property
     def pass_tokens(self) -> int:
         """Rows x longest of a pass, where many rows wait."""
         return EVALUATION_TOKENS[self._device.type]

@@ -10,6 +10,7 @@ from starlette.types import Scope
 
 from banjoray.errors import RequestError
 from banjoray.serving.limits import Admitted, Bounded
+from banjoray.serving.playground import page
 from banjoray.serving.protocols import huggingface, kserve, openai, tei
 from banjoray.serving.protocols.bodies import refusals
 from banjoray.serving.replica import Replica, Slot
@@ -40,6 +41,7 @@ def application(replica: Callable[[], Replica]) -> FastAPI:
     for protocol in (huggingface, openai, kserve, tei):
         api.include_router(protocol.routes(replica))
     api.include_router(_about(replica))
+    api.include_router(page.routes(replica))
     # The last one added is the outermost.
     api.add_middleware(Bounded, timeout_s=lambda: replica().limits.timeout_s, refuse=refusal)
     api.add_middleware(Admitted, check=lambda: replica().check_wait(), refuse=refusal)

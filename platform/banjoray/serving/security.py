@@ -6,6 +6,7 @@ somebody in, a line that is gone shuts somebody out.
 """
 
 import asyncio
+import base64
 import hashlib
 import hmac
 import ipaddress
@@ -28,6 +29,10 @@ _LOG = logging.getLogger(__name__)
 NONE = "none"
 # No key is asked for here: who watches over an endpoint often has none.
 OPEN_PATHS = ("/healthz", "/v2/health/live", "/v2/health/ready")
+# Pages for people: there the refusal makes a browser ask for the key.
+PAGE = "/ui"
+# These change nothing, so that it does no harm if another site has a browser send them.
+_HARMLESS = ("GET", "HEAD", "OPTIONS")
 REREAD_S = 2.0
 _LINE = re.compile(r"""([A-Za-z0-9][\w.-]{0,63}):\s*["']?sha256:([0-9a-f]{64})["']?\s*(?:#.*)?""", re.ASCII)
 _HEAD = "# Names and hashes of API keys; a line that goes shuts its key out.\n"
@@ -101,7 +106,9 @@ class Keyed:
     """ASGI middleware that lets requests with a known key through; others get 401, but on `OPEN_PATHS`.
 
     ``keys`` gives the keys of the replica, or None where none are asked for. A key is sent as ``Authorization: Bearer
-    KEY`` or ``x-api-key: KEY``. The scope's "banjoray.key" is the name of the one that was sent.
+    KEY``, as ``x-api-key: KEY``, or, by browsers, as the password of ``Authorization: Basic``. A browser adds that by
+    itself, also to what a page of another site has it send, so such a request gets 403. The scope's "banjoray.key" is
+    the name of the key that was sent.
     """
 
     def __init__(self, app: ASGIApp, keys: Callable[[], Keys | None], refuse: Refuse) -> None:
@@ -121,22 +128,66 @@ class Keyed:
             return
         given = key_in(scope["headers"])
         name = None if given is None else await keys.owner(given)
-        if name is not None:
+        foreign = name is not None and from_another_site(scope)
+        if name is not None and not foreign:
             scope["banjoray.key"] = name
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
+        elif foreign:
+            told = "a page of another site sent this; send Authorization: Bearer KEY, which no browser adds by itself"
+            await self._refuse(scope, told, 403, {})(scope, receive, send)
         else:
             told = "a key is needed: send Authorization: Bearer KEY" if given is None else "this key is not known here"
-            challenge = 'Bearer realm="banjoray"' + ', error="invalid_token"' * (given is not None)
-            await self._refuse(scope, told, 401, {"www-authenticate": challenge})(scope, receive, send)
+            challenge = {"www-authenticate": _challenge(path, given)}
+            await self._refuse(scope, told, 401, challenge)(scope, receive, send)
+
+
+def _challenge(path: str, given: bytes | None) -> str:
+    if path == PAGE or path.startswith(f"{PAGE}/"):
+        return 'Basic realm="banjoray", charset="UTF-8"'
+    return 'Bearer realm="banjoray"' + ', error="invalid_token"' * (given is not None)
+
+
+def _first(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Each header's first value, by its name in small letters."""
+    return dict(reversed([(name.lower(), value) for name, value in headers]))
 
 
 def key_in(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
-    """The key that a request's headers hold."""
-    found = dict(reversed([(name.lower(), value) for name, value in headers]))
+    """The key that a request's headers hold.
+
+    ``x-api-key`` counts before a password: that may be for a gateway on the way.
+    """
+    found = _first(headers)
     scheme, _, token = found.get(b"authorization", b"").partition(b" ")
-    return token.strip() if scheme.lower() == b"bearer" else found.get(b"x-api-key")
+    if scheme.lower() == b"bearer":
+        return token.strip()
+    return found.get(b"x-api-key", _password(token) if scheme.lower() == b"basic" else None)
+
+
+def _password(token: bytes) -> bytes:
+    """What stands behind the first colon; nothing, which is nobody's key, if it can't be read."""
+    try:
+        return base64.b64decode(token.strip(), validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
+
+
+def from_another_site(scope: Scope) -> bool:
+    """Whether a browser sends its password with a request that a page of another site made.
+
+    Browsers say where a request comes from: ``Sec-Fetch-Site`` on loopback and behind TLS, else ``Origin``. What is no
+    browser says nothing, and sends no password that it was not given for this request.
+    """
+    found = _first(scope["headers"])
+    by_itself = found.get(b"authorization", b"").lower().startswith(b"basic ") and b"x-api-key" not in found
+    if not by_itself or scope.get("method") in _HARMLESS:
+        return False
+    site, origin = found.get(b"sec-fetch-site"), found.get(b"origin")
+    if site is not None:
+        return site not in (b"same-origin", b"none")
+    return origin is not None and origin.partition(b"://")[2] != found.get(b"host")
 
 
 def settled_keys(api_keys: str | None, host: str, where: str) -> str:

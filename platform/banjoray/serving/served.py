@@ -83,6 +83,11 @@ class Served:
         """How many tokens of a text it reads."""
         return self.engine.max_length
 
+    @property
+    def cells(self) -> Sequence[str]:
+        """What a row of a request is made of."""
+        return self.engine.cells
+
     async def answer(self, ask: Ask) -> Answered:
         """The whole answer; raises RequestError: rows or parameters that can't be answered, or too many of them."""
         rows = await self._encoded(ask)

@@ -254,6 +254,7 @@ class Observed:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 added = [(b"server-timing", record.server_timing().encode())]
+                added += [(b"x-tokens", str(record.tokens).encode())] if record.tokens else []
                 # Serve gives every request an id and sends it back by itself; a second header would double it.
                 added += [(b"x-request-id", record.id.encode())] if new else []
                 message = {**message, "headers": [*message.get("headers", ()), *added]}

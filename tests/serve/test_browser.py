@@ -1,0 +1,482 @@
+"""The playground in headless Chromium: what is typed is asked, and what is answered is read, without a mouse."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import playwright
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from banjoray.serving.security import add_key
+from pages import EMOTIONS, ENGINES, ask, chromium, playgrounds, wait_until
+from replicas import InProcess
+
+NODE = Path(playwright.__file__).parent / "driver/node"
+# Letters of one, two and more code units, a joined pair, a flag, and what would be HTML.
+ODD = (
+    "i feel \U0001f600 so happy today \U0001f469\u200d\U0001f680 <b>my love</b> isn't here "
+    "and i was \U0001f1f3\U0001f1f4 sad & angry"
+)
+
+
+class Site:
+    """Playgrounds, and who answers them."""
+
+    def __init__(self, address: str, made: dict[str, InProcess], key: str) -> None:
+        self.address, self.made, self.key = address, made, key
+
+    def ask(self, name: str, inputs: Any, **parameters: Any) -> Any:
+        return ask(f"{self.address}/{name}", {"inputs": inputs, "parameters": parameters})
+
+
+Open = Callable[..., Page]
+# How many controls have neither a label nor words of their own.
+UNNAMED = """[...document.querySelectorAll("textarea, input, button")].filter(one => !one.closest("[hidden]")
+    && !one.labels?.length && !one.getAttribute("aria-label") && !one.textContent.trim()).length"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    found = chromium()
+    if found is None:
+        pytest.skip("no Chromium on this machine, so nobody looked at the playground: apt-get install chromium")
+    # A busy machine needs longer than usual, and nothing here waits longer than it has to.
+    expect.set_options(timeout=20_000)
+    # Chromium's own sandbox refuses to start as root.
+    root = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=found, args=root)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("pages")
+    key = add_key(folder / "keys.yaml", "alice")
+    with playgrounds(folder, api_keys=str(folder / "keys.yaml")) as (address, made):
+        yield Site(address, made, key)
+
+
+@pytest.fixture
+def opened(browser: Browser, site: Site) -> Iterator[Open]:
+    """Opens the playground of an application; at the end, nothing went wrong in any that was opened."""
+    wrong: list[str] = []
+    contexts = []
+
+    def open_(name: str, **how: Any) -> Page:
+        context = browser.new_context(**how)
+        context.set_default_timeout(20_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda told: wrong.append(told.text))
+        page.on("request", lambda asked: wrong.extend([] if asked.url.startswith(site.address) else [asked.url]))
+        page.goto(f"{site.address}/{name}/ui")
+        expect(page.get_by_role("button", name="Send")).to_be_visible()
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    # A refused request is told there by the browser itself.
+    assert [line for line in wrong if "Failed to load resource" not in line] == []
+
+
+def type_(page: Page, label: str, text: str) -> None:
+    page.get_by_label(label, exact=True).focus()
+    page.keyboard.press("Control+a")
+    page.keyboard.insert_text(text)
+
+
+def send(page: Page) -> None:
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_role("status")).to_have_text("Done")
+
+
+def bars(page: Page) -> list[tuple[str, str]]:
+    rows = page.locator(".answer .bars li")
+    return list(zip(rows.locator(".name").all_text_contents(), rows.locator(".score").all_text_contents(), strict=True))
+
+
+def percent(score: float) -> str:
+    shown = score * 100
+    return f"{round(shown)} %" if shown >= 99.95 or shown < 0.05 else f"{shown:.1f} %"
+
+
+def near(told: list[tuple[str, str]], entries: list[dict[str, Any]], name: str = "label") -> bool:
+    """Whether bars are those of an answer; another batch may round otherwise."""
+    shown = [(label, float(score.removesuffix(" %"))) for label, score in told]
+    wanted: list[Any] = [(entry[name], pytest.approx(entry["score"] * 100, abs=0.11)) for entry in entries]
+    return shown == wanted
+
+
+def marks(page: Page) -> list[tuple[str, str]]:
+    """What stands before every mark, and what is marked, read off the page node by node."""
+    found = page.locator(".answer .text").evaluate(
+        """text => [...text.childNodes].map(node => node.nodeName === "MARK"
+            ? ["mark", (node.querySelector(".words") || node).textContent] : ["text", node.textContent])"""
+    )
+    return [(kind, text) for kind, text in found if text]
+
+
+def pieces(text: str, spans: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What `marks` should find."""
+    found, at = [], 0
+    for span in spans:
+        found += [("text", text[at : span["start"]]), ("mark", text[span["start"] : span["end"]])]
+        at = span["end"]
+    return [(kind, part) for kind, part in [*found, ("text", text[at:])] if part]
+
+
+def test_labels_are_bars_and_version_tokens_and_times_are_told(opened: Open, site: Site) -> None:
+    page = opened("labels")
+    assert page.get_by_role("heading", level=1).inner_text() == "tiny@1"
+    facts = page.locator("#facts").inner_text().split()
+    assert facts == ["Task", "text-classification", "Engine", "torch,", "fp32", "Labels", "6"]
+    type_(page, "Text", "i did not see that coming")
+    send(page)
+    (entries,) = site.ask("labels", "i did not see that coming")
+    assert {entry["label"] for entry in entries} == set(EMOTIONS)
+    assert near(bars(page), entries)
+    assert page.locator(".headline strong").inner_text() == entries[0]["label"]
+    widths = page.locator(".fill").evaluate_all("all => all.map(one => parseFloat(one.style.inlineSize))")
+    assert widths == pytest.approx([entry["score"] * 100 for entry in entries], abs=0.11)
+    told = " ".join(page.locator("#told").inner_text().split())
+    parts = r"Total [\d.]+ ms encode [\d.]+ ms queue [\d.]+ ms forward [\d.]+ ms other [\d.]+ ms"
+    assert re.fullmatch(f"Version tiny@1 Tokens 8 read {parts}", told)
+    # The answer is read aloud when it is whole.
+    assert page.locator("#answer[aria-live=polite][aria-busy=false]").count() == 1
+
+
+def test_several_labels_a_number_and_a_pair(opened: Open, site: Site) -> None:
+    page = opened("several")
+    send(page)
+    (entries,) = site.ask("several", "what a lovely surprise")
+    chosen = [entry["label"] for entry in entries if entry["predicted"]]
+    assert page.locator(".headline strong").inner_text() == (", ".join(chosen) or "No label")
+    assert page.locator(".bars .strong .name").all_text_contents() == chosen
+    page = opened("number")
+    send(page)
+    ((number,),) = site.ask("number", "what a lovely surprise")
+    assert float(page.locator(".headline strong").inner_text()) == pytest.approx(number["score"], rel=1e-3)
+    page = opened("pair")
+    type_(page, "Text", "a man")
+    type_(page, "Second text", "a woman")
+    send(page)
+    (entries,) = site.ask("pair", {"text": "a man", "text_pair": "a woman"})
+    assert near(bars(page), entries)
+
+
+def test_any_labels_can_be_asked_for(opened: Open, site: Site) -> None:
+    page = opened("any")
+    type_(page, "Labels, with commas between them", "love, the weather , , joy")
+    page.get_by_label("Several labels may apply").focus()
+    page.keyboard.press("Space")
+    send(page)
+    text = page.get_by_label("Text", exact=True).input_value()
+    entries = site.ask("any", text, candidate_labels=["love", "the weather", "joy"], multi_label=True)
+    assert near(bars(page), entries)
+
+
+def test_entities_are_marked_where_they_are_whatever_stands_before_them(opened: Open, site: Site) -> None:
+    page = opened("entities")
+    type_(page, "Text", ODD)
+    send(page)
+    found = site.ask("entities", ODD, aggregation_strategy="simple")
+    assert len({entity["entity_group"] for entity in found}) == 2
+    assert any(ord(letter) > 0xFFFF for letter in ODD[: found[-1]["start"]])
+    assert marks(page) == pieces(ODD, found)
+    kinds = [f"{entity['entity_group']} {percent(entity['score'])}" for entity in found]
+    assert page.locator(".answer .kind").all_text_contents() == kinds
+    assert page.locator(".answer b").count() == 0
+
+
+def test_an_answer_is_marked_in_its_context(opened: Open, site: Site) -> None:
+    page = opened("answers")
+    type_(page, "Question", "who?")
+    type_(page, "Context", f"{ODD}\n\n{ODD}")
+    send(page)
+    found = site.ask("answers", {"question": "who?", "context": f"{ODD}\n\n{ODD}"})
+    assert found["start"] > ODD.index("\U0001f600")
+    assert marks(page) == pieces(f"{ODD}\n\n{ODD}", [found])
+    assert page.locator(".headline strong").text_content() == found["answer"]
+
+
+def test_a_mask_is_put_where_the_caret_is_and_filled(opened: Open, site: Site) -> None:
+    page = opened("masks")
+    type_(page, "Text", "i feel  today")
+    for _ in " today":
+        page.keyboard.press("ArrowLeft")
+    page.get_by_role("button", name="Insert [MASK]").press("Enter")
+    assert page.get_by_label("Text").input_value() == "i feel [MASK] today"
+    send(page)
+    entries = site.ask("masks", "i feel [MASK] today")
+    assert near(bars(page), entries, "token_str")
+    type_(page, "Text", "[MASK] and [MASK]")
+    send(page)
+    assert page.locator(".answer h3").all_text_contents() == ["Mask 1", "Mask 2"]
+    first, second = site.ask("masks", "[MASK] and [MASK]")
+    assert near(bars(page), [*first, *second], "token_str")
+
+
+def test_texts_are_compared_and_more_can_be_added_and_removed(opened: Open, site: Site) -> None:
+    page = opened("vectors")
+    page.get_by_role("button", name="Remove text 1").press("Enter")
+    page.get_by_role("button", name="Add a text").press("Enter")
+    page.keyboard.insert_text("the weather")
+    type_(page, "Text 1", "i am so happy")
+    send(page)
+    texts = [page.get_by_label(f"Text {number}", exact=True).input_value() for number in (1, 2, 3)]
+    assert (texts[0], texts[2]) == ("i am so happy", "the weather")
+    vectors = site.ask("vectors", texts)
+    shown = [
+        [float(cell) for cell in row.split()]
+        for row in page.locator(".cosines tbody tr").evaluate_all(
+            "rows => rows.map(row => [...row.querySelectorAll('td')].map(cell => cell.textContent).join(' '))"
+        )
+    ]
+    cosines = [[sum(a * b for a, b in zip(one, other, strict=True)) for other in vectors] for one in vectors]
+    assert shown == [pytest.approx(row, abs=0.0051) for row in cosines]
+
+
+class Held:
+    """A model that writes until a token, and goes on when it may."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, engine: Any, until: int) -> None:
+        self.told = 0
+        self.ended = threading.Event()
+        self.may = threading.Event()
+        self.error: Exception | None = None
+        streamed = engine.streamed
+
+        def held(ask: Any, rows: Any) -> Callable[[Callable[[Any], None]], None]:
+            write = streamed(ask, rows)
+
+            def inner(tell: Callable[[Any], None]) -> None:
+                def telling(piece: Any) -> None:
+                    if self.told == until:
+                        assert self.may.wait(60)
+                        if self.error:
+                            raise self.error
+                    tell(piece)
+                    self.told += 1
+
+                try:
+                    write(telling)
+                finally:
+                    self.ended.set()
+
+            return inner
+
+        patch.setattr(engine, "streamed", held)
+
+
+def test_a_text_is_shown_while_it_is_written(opened: Open, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch, site.made["writer"].engine, until=5)
+    page = opened("writer")
+    type_(page, "Prompt", "one two")
+    type_(page, "Most new tokens", "8")
+    (whole,) = site.ask("writer", "one two", max_new_tokens=8, details=True)
+    first = "".join(token["text"] for token in whole["details"]["tokens"][:5] if not token["special"])
+    assert first
+    assert first != whole["generated_text"]
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_role("status")).to_have_text("Writing")
+    begun = page.locator(".written")
+    expect(begun).to_have_text(first)
+    assert page.locator("#answer[aria-busy=true]").count() == 1
+    held.may.set()
+    expect(page.get_by_role("status")).to_have_text("Done")
+    assert begun.text_content() == whole["generated_text"]
+    assert "2 read, 8 written" in page.locator("#told").inner_text()
+    page.get_by_label("Show every token as it is written").focus()
+    page.keyboard.press("Space")
+    send(page)
+    assert page.locator(".written").text_content() == whole["generated_text"]
+
+
+@pytest.mark.parametrize("by", ["Escape", "Stop"])
+def test_stopping_ends_the_writing_at_the_server(
+    opened: Open, site: Site, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    held = Held(monkeypatch, site.made["writer"].engine, until=2)
+    page = opened("writer")
+    type_(page, "Most new tokens", "30")
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_role("status")).to_have_text("Writing")
+    if by == "Escape":
+        page.keyboard.press("Escape")
+    else:
+        page.get_by_role("button", name="Stop").press("Enter")
+    expect(page.get_by_role("status")).to_have_text("Stopped after 2 tokens")
+    # The server has noticed: nothing of this request is left in its queue.
+    wait_until(lambda: not site.made["writer"].replica._queue._rows)
+    held.may.set()
+    assert held.ended.wait(60)
+    assert held.told == 2
+    expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+    assert page.get_by_role("button", name="Send").is_enabled()
+
+
+def test_a_stream_that_breaks_off_leaves_what_was_written_and_says_so(
+    opened: Open, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch, site.made["writer"].engine, until=4)
+    page = opened("writer")
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_role("status")).to_have_text("Writing")
+    written = page.locator(".written").text_content()
+    held.error = RuntimeError("full")
+    held.may.set()
+    expect(page.get_by_role("status")).to_have_text("Broken off")
+    expect(page.get_by_role("alert")).to_have_text("No answerthe answer broke off; the server's log says why")
+    assert (page.locator(".written").text_content() or "").startswith(written or "nothing")
+
+
+def test_a_summary_is_a_text(opened: Open, site: Site) -> None:
+    page = opened("shortener")
+    type_(page, "Text", "one two three")
+    send(page)
+    assert page.locator(".written").text_content() == site.ask("shortener", "one two three")[0]["summary_text"]
+
+
+def test_what_is_refused_is_told_in_the_servers_words(opened: Open) -> None:
+    page = opened("labels")
+    type_(page, "Text", " ")
+    page.keyboard.press("Control+Enter")
+    told = page.get_by_role("alert")
+    expect(told).to_have_text("422inputs.text: found nothing but blanks; needed text")
+    type_(page, "Text", "a")
+    page.get_by_text("Parameters", exact=True).press("Enter")
+    type_(page, "As JSON, for those that have no field here", '{"topk": 1}')
+    page.keyboard.press("Control+Enter")
+    expect(told).to_have_text(re.compile(r"^422parameters: unknown \['topk'\]"))
+    type_(page, "As JSON, for those that have no field here", '{"top_k": ')
+    page.keyboard.press("Control+Enter")
+    expect(told).to_have_text(re.compile("^Parametersnot JSON"))
+    assert page.locator("textarea.code:focus").count() == 1
+    type_(page, "As JSON, for those that have no field here", '{"top_k": 2}')
+    send(page)
+    expect(told).to_have_text("")
+    assert len(bars(page)) == 2
+
+
+def tabbed(page: Page) -> set[str]:
+    """Where Tab goes from the top, up to the button that copies; wherever it is shows."""
+    page.evaluate("document.activeElement.blur()")
+    seen: set[str] = set()
+    for _ in range(25):
+        page.keyboard.press("Tab")
+        where, shown = page.evaluate(
+            """() => { const at = document.activeElement, seen = at.type === "radio" ? at.nextElementSibling : at;
+                return [at.id || at.className || at.href, getComputedStyle(seen).outlineStyle]; }"""
+        )
+        assert shown == "solid", where
+        seen.add(where)
+        if where == "copy":
+            break
+    return seen
+
+
+def code(page: Page, language: str) -> str:
+    page.get_by_label(language).focus()
+    page.keyboard.press("Space")
+    return page.locator("#snippet").text_content() or ""
+
+
+def printed(source: str) -> str:
+    """What a Python program prints."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(compile(source, "snippet", "exec"), {})
+    return shown.getvalue()
+
+
+def first_text(answer: Any) -> str:
+    """A word of an answer that any print of it has."""
+    while not isinstance(answer, dict):
+        answer = answer[0]
+    keys = ("label", "answer", "token_str", "generated_text", "word", "summary_text")
+    return next(str(answer[key]) for key in keys if key in answer)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_phone_and_a_keyboard_are_enough_and_python_as_it_is_shown_gets_the_same_answer(
+    opened: Open, site: Site, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    # Other tests' jobs are offline and say so for the whole process; this client talks to this machine.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    page = opened(name, viewport={"width": 360, "height": 640}, color_scheme="dark")
+    with page.expect_request("**/models/tiny") as caught:
+        send(page)
+    expect(page.get_by_role("heading", name="Answer")).to_be_in_viewport()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert page.evaluate(UNNAMED) == 0
+    assert {"send", "copy", "field-1"} <= tabbed(page)
+    request = json.loads(caught.value.post_data or "")
+    answer = ask(f"{site.address}/{name}", request | {"stream": False} if "stream" in request else request)
+    source = code(page, "Python")
+    assert "InferenceClient" in source
+    assert (str(answer[0][0])[:4] if name == "vectors" else first_text(answer)) in printed(source)
+
+
+def ran(page: Page, language: str, folder: Path, key: str = "") -> str:
+    """What curl or JavaScript prints, as the page shows it."""
+    command = {"curl": ["bash", "request.sh"], "JavaScript": [str(NODE), "request.mjs"]}[language]
+    source = code(page, language).replace("response.json()", "response.text()")
+    assert not key or ("Authorization: Bearer $KEY" in source or "process.env.KEY" in source)
+    assert not key or key not in source
+    (folder / command[1]).write_text(source, encoding="utf-8")
+    environment = os.environ | {"KEY": key}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_curl_and_javascript_as_they_are_shown_get_the_same_answer(opened: Open, site: Site, tmp_path: Path) -> None:
+    page = opened("closed", http_credentials={"username": "anybody", "password": site.key})
+    text = 'it\'s "mine" \\ \u00e9 \U0001f600 $KEY `x`'
+    type_(page, "Text", text)
+    send(page)
+    (entries,) = site.ask("labels", text)
+    assert near(bars(page), entries)
+    for language in ("curl", "JavaScript"):
+        found = json.loads(ran(page, language, tmp_path, site.key))
+        assert found == [[pytest.approx(entry, abs=1e-5) for entry in entries]]
+    page = opened("writer")
+    (whole,) = site.ask("writer", page.get_by_label("Prompt").input_value())
+    for language in ("curl", "JavaScript"):
+        last = ran(page, language, tmp_path).split("data:")[-1]
+        assert json.loads(last)["generated_text"] == whole["generated_text"]
+
+
+def test_code_is_copied(opened: Open) -> None:
+    page = opened("labels", permissions=["clipboard-read", "clipboard-write"])
+    type_(page, "Text", "copied")
+    page.get_by_role("button", name="Copy").press("Enter")
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == page.locator("#snippet").text_content()
+
+
+def test_a_browser_asks_for_the_key_and_sends_it_by_itself(browser: Browser, site: Site) -> None:
+    wrong = browser.new_context(http_credentials={"username": "", "password": "wrong"})
+    refused = wrong.new_page().goto(f"{site.address}/closed/ui")
+    assert refused is not None
+    assert (refused.status, refused.headers["www-authenticate"].split()[0]) == (401, "Basic")
+    wrong.close()
+    right = browser.new_context(http_credentials={"username": "", "password": site.key})
+    page = right.new_page()
+    page.goto(f"{site.address}/closed/ui")
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    send(page)
+    right.close()
