@@ -29,6 +29,7 @@ from browsing import (
     type_,
 )
 from pages import EMOTIONS, ENGINES, ask, chromium, playgrounds, wait_until
+
 # Letters of one, two and more code units, a joined pair, a flag, and what would be HTML.
 ODD = (
     "i feel \U0001f600 so happy today \U0001f469\u200d\U0001f680 <b>my love</b> isn't here "
