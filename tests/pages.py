@@ -1,10 +1,12 @@
 """Playgrounds of tiny models of random weights, one application per task behind one server on 127.0.0.1; no Ray."""
 
+import copy
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from banjoray.config.job import JobConfig
 from banjoray.config.section import validate
 from banjoray.models.loading import Base, load_tokenizer
 from banjoray.serving.engine import Engine
+from banjoray.serving.replica import Slot
 from banjoray.tasks.generation import set_generation
 from banjoray.tasks.task import task_for
 from endpoints import version
@@ -49,6 +52,13 @@ def labelled(folder: Path, task: str, labels: tuple[str, ...] = EMOTIONS, seed: 
     torch.manual_seed(seed)
     model = getattr(transformers, settled.auto_model).from_config(config).eval()
     return Engine(version(task, labels), settled, model, tokenizer, job)
+
+
+def named(engine: Engine, model: str) -> Engine:
+    """The same under another name."""
+    other = copy.copy(engine)
+    other.version = replace(engine.version, model=model)
+    return other
 
 
 def filler() -> Engine:
@@ -110,6 +120,8 @@ def served(app: Any, port: int = 0) -> Iterator[str]:
 def playgrounds(folder: Path, **closed: Any) -> Iterator[tuple[str, dict[str, InProcess]]]:
     """The address of all of `ENGINES` under their names, and who answers; under "closed" "labels" with these limits."""
     made = {name: InProcess(make(folder / name), access_log=False) for name, make in ENGINES.items()}
+    both = made["both"] = InProcess(made["labels"].engine, access_log=False)
+    both.replica.slots["writer"] = Slot(both.replica.serve(named(made["writer"].engine, "writer")))
     if closed:
         made["closed"] = InProcess(made["labels"].engine, access_log=False, **closed)
     try:

@@ -267,6 +267,23 @@ def test_a_summary_is_a_text(opened: Open, site: Site) -> None:
     assert page.locator(".written").text_content() == site.ask("shortener", "one two three")[0]["summary_text"]
 
 
+def test_of_several_models_each_has_a_page(opened: Open, site: Site) -> None:
+    page = opened("both")
+    links = page.get_by_role("navigation", name="Models").get_by_role("link")
+    assert links.all_text_contents() == ["tiny", "writer"]
+    assert links.first.get_attribute("aria-current") == "page"
+    type_(page, "Text", "i feel so happy today")
+    send(page)
+    (entries,) = site.ask("labels", "i feel so happy today")
+    assert near(bars(page), entries)
+    links.last.focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("writer@1")
+    page.get_by_label("Prompt", exact=True).wait_for()
+    send(page)
+    assert page.locator(".written").text_content()
+
+
 def test_what_is_refused_is_told_in_the_servers_words(opened: Open) -> None:
     page = opened("labels")
     type_(page, "Text", " ")

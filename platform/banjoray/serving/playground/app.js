@@ -21,6 +21,23 @@ async function read(path) {
   return response.json();
 }
 
+// Of several models the one that the address names, or the first; the others are a link away.
+async function chosen() {
+  const told = await read("./");
+  const models = told.models ?? [told];
+  const named = new URLSearchParams(location.search).get("model");
+  const mine = models.find(({ model }) => model === named) ?? models[0];
+  if (models.length > 1) {
+    const links = models.map(({ model }) =>
+      element("a", { href: `ui?model=${encodeURIComponent(model)}`, textContent: model }),
+    );
+    links[models.indexOf(mine)].setAttribute("aria-current", "page");
+    found("models").replaceChildren(...links);
+    found("models").hidden = false;
+  }
+  return { ...mine, ...(await read(`ui/about?model=${encodeURIComponent(mine.model)}`)) };
+}
+
 function introduce() {
   document.title = `${about.model}, banjoray`;
   found("model").textContent = about.model;
@@ -197,8 +214,7 @@ function listen() {
 async function start() {
   if (/Mac|iPhone|iPad/.test(navigator.platform)) found("control").textContent = "Cmd";
   try {
-    const [served, known] = await Promise.all([read("./"), read("ui/about")]);
-    about = { ...served, ...known };
+    about = await chosen();
   } catch (error) {
     showProblem("No answer", String(error.message));
     return;
