@@ -127,8 +127,8 @@ def overload(result: dict[str, Any]) -> str:
     load, later = result["load"], result["later"]
     return (
         f"Overload, {result['data']}, one replica with one thread, on {result['machine']}: {result['times']:g} times "
-        f"the {result['capacity_per_s']:.0f} requests/s of a closed loop for {result['seconds']:.0f} s, at random moments. "
-        f"{load['answered']} of {load['sent']} were answered, p50 {load['answered_p50_ms']:.0f} ms and p99 "
+        f"the {result['capacity_per_s']:.0f} requests/s of a closed loop for {result['seconds']:.0f} s, at random "
+        f"moments. {load['answered']} of {load['sent']} were answered, p50 {load['answered_p50_ms']:.0f} ms and p99 "
         f"{load['answered_p99_ms']:.0f} ms with a target of {result['target_ms']:.0f} ms; all others got 429, p50 "
         f"{load['refused_p50_ms']:.0f} ms. 5 s later a text took {later['p50_ms']:.0f} ms, the slowest of 20 "
         f"{later['slowest_ms']:.0f} ms."
@@ -144,8 +144,8 @@ def survival(result: dict[str, Any]) -> str:
     return (
         f"Survival, {result['data']}, two replicas with one thread each, on {result['machine']}: "
         f"{result['seconds'] / 60:.0f} minutes at {result['share']:.0%} of the {result['capacity_per_s']:.0f} "
-        f"requests/s of a closed loop; {killed} times a replica was killed, {len(result['events']) - killed} times the version "
-        f"changed. Of {load['sent']} requests {load['lost']} were lost and {load['wrong']} answered wrong; "
+        f"requests/s of a closed loop; {killed} times a replica was killed, {len(result['events']) - killed} times the "
+        f"version changed. Of {load['sent']} requests {load['lost']} were lost and {load['wrong']} answered wrong; "
         f"{load['retried']} were sent again ({again or 'none'}). MiB at the start and at the end: {memory}."
     )
 
