@@ -4,7 +4,7 @@
 
 `banjoray serve` with two replicas of one thread in fp32 and MiniLM, fine-tuned by the quickstart's job (or emotion@1,
 and emotion@2 for swaps, of a registry). An open loop (`benchmarks.serve_open`) sends 80 % of what a closed loop of 32
-clients gets. Every minute a replica's process is killed; at ``--swaps`` moments `banjoray deploy` brings the other
+clients gets. Every minute a replica is killed; at ``--swaps`` moments `banjoray deploy` brings the other
 version. Every answer is compared with the label that transformers alone, text by text, finds with the version that the
 answer names. A request is sent again where its connection broke or it got 502, 503 or HAProxy's 500 before an answer,
 twice at most, and after a 429 when it says so. Resident memory is that of all replicas, of HAProxy and of Serve's
@@ -39,6 +39,8 @@ from benchmarks.serve_throughput import (
 
 CLIENTS, WARMUP_S, SHARE, TRIES = 32, 5.0, 0.8, 3
 KINDS = {"replica": "ServeReplica", "haproxy": "haproxy", "controller": "ServeController"}
+# Serve gives replicas that HAProxy asks ports of these.
+PORTS = range(30000, 31001)
 # Of memory: what may be more at the end than at the start.
 GROWTH, GROWTH_MIB = 0.1, 32.0
 
@@ -119,7 +121,8 @@ def during(options: argparse.Namespace, root: Any) -> tuple[list[str], dict[str,
     kills = [moment for moment in kills if moment < options.seconds - options.kill_every / 4]
     while (now := time.monotonic() - begun) < options.seconds:
         found = processes(root)
-        if kills and now >= kills[0] and len(found["replica"]) > 1:
+        # As on any other day, one replica is left when another dies.
+        if kills and now >= kills[0] and sum(map(answers, found["replica"])) > 1:
             kills.pop(0)
             found["replica"][0].kill()
             events.append(f"{now:.0f} s: killed a replica")
@@ -148,6 +151,14 @@ def processes(root: Any) -> dict[str, list[Any]]:
             if word in command and "HAProxyManager" not in command:
                 found[kind].append((begun, process.pid, process))
     return {kind: [process for *_, process in sorted(members)] for kind, members in found.items()}
+
+
+def answers(process: Any) -> bool:
+    """Whether a replica listens on the port where HAProxy asks it, which it does once its model is loaded."""
+    try:
+        return any(link.status == psutil.CONN_LISTEN and link.laddr.port in PORTS for link in process.net_connections())
+    except psutil.Error:
+        return False
 
 
 def resident(process: Any) -> float:

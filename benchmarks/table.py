@@ -31,6 +31,8 @@ def tables() -> str:
         "search_cost": search,
         "search_gain": gain,
         "serve_throughput": serving,
+        "serve_overload": overload,
+        "serve_survival": survival,
     }
     parts = [
         write(json.loads(path.read_text(encoding="utf-8")))
@@ -118,6 +120,34 @@ def serving(result: dict[str, Any]) -> str:
             f"| {told['settings']} | {alone} | {many} | {told['p99_ms_at_32']:.0f} | {told['p99_ms_mixed']:.0f} |"
         ]
     return "\n".join(lines)
+
+
+def overload(result: dict[str, Any]) -> str:
+    """What a replica took of too much, how fast, and how it was afterwards."""
+    load, later = result["load"], result["later"]
+    return (
+        f"Overload, {result['data']}, one replica with one thread, on {result['machine']}: {result['times']:g} times "
+        f"the {result['capacity_per_s']:.0f} requests/s of a closed loop for {result['seconds']:.0f} s, at random "
+        f"moments. {load['answered']} of {load['sent']} were answered, p50 {load['answered_p50_ms']:.0f} ms and p99 "
+        f"{load['answered_p99_ms']:.0f} ms with a target of {result['target_ms']:.0f} ms; all others got 429, p50 "
+        f"{load['refused_p50_ms']:.0f} ms. 5 s later a text took {later['p50_ms']:.0f} ms, the slowest of 20 "
+        f"{later['slowest_ms']:.0f} ms."
+    )
+
+
+def survival(result: dict[str, Any]) -> str:
+    """What was lost, wrong or asked again while replicas died and versions changed."""
+    load = result["load"]
+    killed = sum("killed" in event for event in result["events"])
+    again = ", ".join(f"{count} of {kind}" for kind, count in load["statuses"].items() if kind != "200")
+    memory = ", ".join(f"{kind} {first} and {last}" for kind, (first, last) in result["memory_mib"].items())
+    return (
+        f"Survival, {result['data']}, two replicas with one thread each, on {result['machine']}: "
+        f"{result['seconds'] / 60:.0f} minutes at {result['share']:.0%} of the {result['capacity_per_s']:.0f} "
+        f"requests/s of a closed loop; {killed} times a replica was killed, {len(result['events']) - killed} times the "
+        f"version changed. Of {load['sent']} requests {load['lost']} were lost and {load['wrong']} answered wrong; "
+        f"{load['retried']} were sent again ({again or 'none'}). MiB at the start and at the end: {memory}."
+    )
 
 
 def gain(result: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory, lively_job: Callable[..., Jo
 def url(shelf: Shelf, request: pytest.FixtureRequest) -> Iterator[str]:
     """An endpoint whose batches are small enough that 60 rows need several."""
     request.getfixturevalue("local_ray")
-    file = shelf.config(max_rows=MAX_ROWS, max_body_mib=0.0625, max_batch_tokens=512)
+    file = shelf.config(max_rows=MAX_ROWS, max_body_mib=0.0625, max_batch_tokens=512, latency_target_ms=60_000)
     closed = yaml.safe_load(shelf.config("closed.yaml", api_keys=str(shelf.folder / "keys.yaml")).read_text())
     add_key(shelf.folder / "keys.yaml", "nobody")
     tree = yaml.safe_load(file.read_text())
@@ -380,6 +380,34 @@ def test_metrics_of_the_replica_name_it_and_its_version(client: httpx.Client) ->
     assert 'version="tiny@1"' in line
     assert 'run="first"' in line
     assert "replica=" in line
+
+
+def told(client: httpx.Client, series: str) -> float:
+    """The sum of a metric's samples, as the replica has them now."""
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(series + "{"))
+
+
+def test_rows_of_clients_that_hang_up_are_not_computed(client: httpx.Client, url: str) -> None:
+    clients, body = 40, b'{"inputs": ["' + b'", "'.join([b"i am so happy " * 30] * MAX_ROWS) + b'"]}'
+    head = f"POST / HTTP/1.1\r\nhost: here\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    before, gone = told(client, "banjoray_batch_rows_sum"), 'banjoray_requests_total{route="/",status="499"'
+    seen = [line for line in client.get("/metrics").text.splitlines() if line.startswith(gone)]
+    assert seen == []
+    sockets = [socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) for _ in range(clients)]
+    for link in sockets:
+        link.sendall(head + body)
+    for link in sockets:
+        link.close()
+    assert len(ask(client, TEXT)) == 1
+    for _ in range(600):
+        text = client.get("/metrics").text
+        if any(line.startswith(gone) for line in text.splitlines()) and told(client, "banjoray_queued_rows") == 0:
+            break
+        time.sleep(0.05)
+    # Had all of them been computed, it would be every row of every request.
+    assert told(client, "banjoray_batch_rows_sum") - before < clients * MAX_ROWS
+    assert any(line.startswith(gone) for line in client.get("/metrics").text.splitlines())
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ def test_the_environment_is_there_while_ray_starts_and_gone_after(monkeypatch: p
     with ingress.environment(values):
         assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
         assert os.environ["RAY_SERVE_HAPROXY_NBTHREAD"] == "7"
+        assert "empty-response" in os.environ["RAY_SERVE_HAPROXY_RETRY_ON"].split()
     assert dict(os.environ) == before
 
 
@@ -51,9 +52,11 @@ def test_ray_starts_for_haproxy_or_it_is_said_once_that_there_is_none(
 ) -> None:
     said: list[str] = []
     started: list[str | None] = []
+    niceness: list[str | None] = []
 
     def stop(**_: Any) -> None:
         started.append(os.environ.get("RAY_SERVE_ENABLE_HA_PROXY"))
+        niceness.extend(os.environ.get(name) for name in ingress.PRIORITY)
         raise InterruptedError
 
     options = SimpleNamespace(host="127.0.0.1", port=0)
@@ -65,6 +68,7 @@ def test_ray_starts_for_haproxy_or_it_is_said_once_that_there_is_none(
     with pytest.raises(InterruptedError), app.serving("serve.yaml", None, said.append):
         pass
     assert started == [None if why else "1"]
+    assert niceness == ["0"]
     assert [line for line in said if "HAProxy" in line] == (
         [f"without HAProxy ({why}), Serve's own proxy answers a fraction of the requests per second"] if why else []
     )

@@ -3,7 +3,7 @@
 import asyncio
 import re
 import threading
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 from weakref import WeakSet
 
@@ -22,6 +22,13 @@ PATIENCE_S = 60.0
 
 def run(scene: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(scene, PATIENCE_S))
+
+
+class Unread:
+    """A body that must not be read."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        raise AssertionError("a body was read")
 
 
 class Silent:
@@ -76,6 +83,32 @@ def test_a_request_that_would_wait_too_long_gets_429_with_the_seconds_to_wait_an
             assert (await large).status_code == 200
             assert (await ask(http, 1)).status_code == 200
         assert sum(engine.rows) == 51
+
+    run(scene())
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [("/", ["error"]), ("/v2/models/tiny/infer", ["error"]), ("/embed", ["error", "error_type"])],
+)
+def test_what_is_refused_is_not_read_and_told_in_its_protocols_shape_while_others_see_that_all_is_well(
+    monkeypatch: pytest.MonkeyPatch, path: str, shape: list[str]
+) -> None:
+    engine = costly(Plain(), monkeypatch)
+    replica = endpoint(monkeypatch, engine, latency_target_ms=1000)
+
+    async def scene() -> None:
+        async with client() as http:
+            large = ask(http, 50)
+            await until_waiting(replica, 50)
+            refused = await http.post(path, content=Unread())
+            assert (refused.status_code, list(refused.json())) == (429, shape)
+            refused = await http.post("/v1/embeddings", content=Unread())
+            assert (refused.status_code, next(iter(refused.json()["error"]))) == (429, "message")
+            for seen in ("/healthz", "/metrics", "/v2/health/ready"):
+                assert (await http.get(seen)).status_code == 200
+            engine.hold.set()
+            assert (await large).status_code == 200
 
     run(scene())
 
