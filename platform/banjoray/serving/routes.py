@@ -118,4 +118,5 @@ def _told(slot: Slot) -> dict[str, Any]:
         "metrics": dict(version.metrics),
         "lineage": dict(version.lineage),
         "engine": found.chosen.to_json(),
+        "shares": found.shares(),
     }
