@@ -65,12 +65,12 @@ class Batcher(Generic[Row, Output]):
     """Turns single rows into batches for ``forward``, which runs in one thread beside the event loop.
 
     ``max_tokens`` bounds rows x longest of a batch, and ``target_s`` the seconds that ``cost`` predicts for it; a row
-    that is above them by itself goes alone.
+    that is above them by itself goes alone. ``forward`` gives an exception for a row that fails alone.
     """
 
     def __init__(
         self,
-        forward: Callable[[Sequence[Row]], Sequence[Output]],
+        forward: Callable[[Sequence[Row]], Sequence[Output | Exception]],
         max_tokens: int,
         cost: Costs = FREE,
         target_s: float = math.inf,
@@ -88,7 +88,8 @@ class Batcher(Generic[Row, Output]):
     async def outputs(self, rows: Sequence[Row]) -> list[Output]:
         """The outputs of some rows, in their order; they may be computed in several batches.
 
-        Raises what ``forward`` raised for the batch of a row. Rows of a cancelled call are not computed.
+        Raises what ``forward`` raised for the batch of a row, or gave for the row. Rows of a cancelled call are not
+        computed.
         """
         loop = asyncio.get_running_loop()
         mine = [
@@ -144,7 +145,11 @@ class Batcher(Generic[Row, Output]):
                         waiting.output.set_exception(error)
                 continue
             for waiting, output in answered:
-                if not waiting.output.done():
+                if waiting.output.done():
+                    continue
+                if isinstance(output, Exception):
+                    waiting.output.set_exception(output)
+                else:
                     waiting.output.set_result(output)
 
     def _take(self) -> list[_Waiting[Row, Output]]:

@@ -59,12 +59,15 @@ class Member:
         others = [other for other in self.group.members if other is not self]
         return {str(other.engine.version): _common([self, other]) for other in others}
 
-    def top(self, level: "_Level") -> list[np.ndarray]:
-        """What the task keeps of the outputs of a level's rows."""
+    def top(self, level: "_Level") -> "Sequence[np.ndarray | Exception]":
+        """What the task keeps of the outputs of a level's rows; of each what went wrong, if it did."""
         assert self.sections is not None
         assert level.states is not None
-        outputs = self.sections.top(level.inputs, level.states, level.depth)
-        return self.engine.task.kept(outputs, level.inputs, None)
+        try:
+            outputs = self.sections.top(level.inputs, level.states, level.depth)
+            return self.engine.task.kept(outputs, level.inputs, None)
+        except Exception as error:  # noqa: BLE001  the boundary between versions: the rows of others go on
+            return [error] * len(level.lengths)
 
 
 class Group:
@@ -87,20 +90,21 @@ class Group:
         """Seconds of a pass."""
         return self._cost(rows, longest)
 
-    def forward(self, rows: Sequence[Owned]) -> list[np.ndarray]:
-        """What the task of each row keeps of its outputs, in their order."""
+    def forward(self, rows: Sequence[Owned]) -> Sequence[np.ndarray | Exception]:
+        """What the task of each row keeps of its outputs, in their order; what went wrong, above what is shared."""
         asked: dict[Member, list[int]] = {}
         for number, row in enumerate(rows):
             asked.setdefault(row.member, []).append(number)
         if len(asked) == 1:
             return rows[0].member.engine.forward(rows)
-        unique: dict[tuple[tuple[int, ...], ...], int] = {}
-        places = [unique.setdefault(tuple(map(tuple, row.inputs.values())), len(unique)) for row in rows]
-        firsts = [rows[places.index(place)] for place in range(len(unique))]
-        level = _Level(rows[0].member.engine.inputs(firsts), list(map(len, firsts)))
-        found: dict[int, np.ndarray] = {}
+        keys = [tuple(map(tuple, row.inputs.values())) for row in rows]
+        unique = dict(zip(keys, rows, strict=True))
+        place = {key: number for number, key in enumerate(unique)}
+        level = _Level(rows[0].member.engine.inputs(list(unique.values())), list(map(len, unique.values())))
+        places = {member: [place[keys[number]] for number in numbers] for member, numbers in asked.items()}
+        found: dict[int, np.ndarray | Exception] = {}
         with torch.inference_mode():
-            for member, outputs in _climbed({m: [places[n] for n in numbers] for m, numbers in asked.items()}, level):
+            for member, outputs in _climbed(places, level):
                 found |= zip(asked[member], outputs, strict=True)
         return [found[number] for number in range(len(rows))]
 
@@ -170,7 +174,9 @@ class _Level:
         return _Level(inputs, lengths, None if self.states is None else self.states[rows, :longest], self.depth)
 
 
-def _climbed(asked: Mapping[Member, list[int]], level: _Level) -> Iterator[tuple[Member, list[np.ndarray]]]:
+def _climbed(
+    asked: Mapping[Member, list[int]], level: _Level
+) -> Iterator[tuple[Member, Sequence[np.ndarray | Exception]]]:
     """What each member keeps of its rows: together as far as all are the same, then apart, branch by branch."""
     members = list(asked)
     if len(members) == 1:
