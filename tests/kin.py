@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from banjoray.models.readout import read_first_only
+from banjoray.serving.costs import FREE
 from banjoray.serving.engine import Engine
 from banjoray.serving.replica import Slot
 from factories import DEPTH
@@ -21,6 +22,8 @@ def kin(folder: Path, name: str, task: str = "text-classification", same: int = 
     _redraw(engine.model, same, seed)
     read_first_only(engine.model)
     engine.version = replace(engine.version, model=name)
+    # Passes of any size are as good as any other: what stands in a batch depends on no clock.
+    vars(engine)["cost"] = lambda: FREE
     return engine
 
 
