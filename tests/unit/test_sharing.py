@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from banjoray.serving.batching import Batcher
+from banjoray.serving.costs import FREE
 from banjoray.serving.engine import Engine
 from banjoray.serving.limits import Entry
 from banjoray.serving.replica import Slot
 from banjoray.serving.served import Served
 from banjoray.serving.sharing import Owned
 from banjoray.tasks.task import Ask
-from engines import near
-from factories import DEPTH, sample_rows
+from engines import engine_of, near, registered
+from factories import DEPTH, make_job, sample_rows
 from kin import kin, many
 from replicas import InProcess, talker
 
@@ -292,3 +293,30 @@ def test_a_row_that_fails_alone_leaves_its_batch_alone() -> None:
 
     first, bad, good = asyncio.run(scene())
     assert (first, str(bad), good) == (["first"], "bad", ["good"])
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize(
+    ("changes", "blocks"),
+    [
+        ({"freeze": "backbone"}, DEPTH),
+        ({"freeze": {"layers": 2}}, 2),
+        ({"freeze": {"layers": 1}, "adapter": {"type": "lora", "r": 2}}, 1),
+        ({"adapter": {"type": "lora", "r": 2}}, 0),
+    ],
+    ids=["backbone", "layers", "lora above a block", "lora"],
+)
+def test_trained_versions_share_what_was_frozen(changes: dict[str, Any], blocks: int, tmp_path: Path) -> None:
+    values = {"train__epochs": 1, "registry__gate__at_least": 0.0} | changes
+    jobs = [
+        make_job(tmp_path, name=name, storage=str(tmp_path / name), train__seed=seed, **values)
+        for seed, name in enumerate("ab")
+    ]
+    engines = [engine_of(job, registered(job)) for job in jobs]
+    for engine in engines:
+        vars(engine)["cost"] = lambda: FREE
+    with many(*engines) as asked:
+        assert asked.replica.slots["a"].production.shares() == ({"b@1": blocks} if blocks else {})
+        tables = [engine.model.bert.embeddings.word_embeddings.weight for engine in engines]
+        # What no adapter was put into is the same in both, wherever it stands.
+        assert tables[0] is tables[1]

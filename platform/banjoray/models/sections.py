@@ -28,14 +28,14 @@ class Sections:
     """
 
     def __init__(self, model: Any) -> None:
+        blocks = find_blocks(model)
+        if blocks.shared or getattr(model.config, "is_encoder_decoder", False):
+            raise ModelError(f"{type(model).__name__} has no cut between its blocks")
         tensors = (*model.parameters(), *model.buffers())
         self._model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
         for weight in model.parameters():
             # A fixed table of positions is a weight as well, and the graph of gradients would not have it.
             weight.requires_grad_(weight.is_floating_point())
-        blocks = find_blocks(model)
-        if blocks.shared or getattr(model.config, "is_encoder_decoder", False):
-            raise ModelError(f"{type(model).__name__} has no cut between its blocks")
         self._cuts = [Cut(self._model, depth) for depth in range(blocks.depth + 1)]
         if not all(cut.agrees() for cut in self._cuts[1:]):
             raise ModelError(f"{type(model).__name__} gives other outputs when it is cut between its blocks")
