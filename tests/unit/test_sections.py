@@ -26,6 +26,10 @@ def model_of(folder: Path, architecture: str = "bert", head: str = "SequenceClas
     return kind.from_pretrained(folder, num_labels=3).eval()
 
 
+def sections_of(model: Any) -> Sections:
+    return Sections(model, held_once(model, {}))
+
+
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
 @pytest.mark.parametrize("architecture", [name for name in (*ARCHITECTURES, "modernbert") if name != "albert"])
 def test_from_any_block_to_any_other_the_outputs_are_those_of_the_whole(
@@ -33,7 +37,7 @@ def test_from_any_block_to_any_other_the_outputs_are_those_of_the_whole(
 ) -> None:
     model = model_of(tmp_path / architecture, architecture, head)
     read_first_only(model)
-    sections = Sections(model)
+    sections = sections_of(model)
     with torch.inference_mode():
         wanted = model(**ROWS).logits
         for start in range(1, DEPTH + 1):
@@ -54,7 +58,7 @@ def test_a_model_without_a_cut_between_its_blocks_is_refused(architecture: str, 
         config = transformers.T5Config(vocab_size=99, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2)
         model = transformers.T5ForConditionalGeneration(config).eval()
     with pytest.raises(ModelError, match="no cut between its blocks"):
-        Sections(model)
+        sections_of(model)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +77,7 @@ def test_marks_are_equal_below_the_first_weight_that_differs(path: str, same: in
     other.load_state_dict(one.state_dict())
     with torch.no_grad():
         other.get_submodule(path).weight.view(-1)[0] += 1e-6
-    pairs = zip(Sections(one).marks, Sections(other).marks, strict=True)
+    pairs = zip(sections_of(one).marks, sections_of(other).marks, strict=True)
     assert [a == b for a, b in pairs] == [number < same for number in range(DEPTH)]
 
 
@@ -85,13 +89,13 @@ def test_marks_know_a_frozen_table_of_positions_and_a_projection_beside_the_stac
             changed.view(-1)[0] += 1e-3
         for model in (one, other):
             model.base_model.get_submodule(path).weight.requires_grad_(False)
-        assert Sections(one).marks[0] != Sections(other).marks[0]
+        assert sections_of(one).marks[0] != sections_of(other).marks[0]
 
 
 def test_the_top_block_is_another_one_where_it_computes_the_first_position_alone(tmp_path: Path) -> None:
     one, other = model_of(tmp_path / "bert"), model_of(tmp_path / "bert")
     assert read_first_only(one)
-    pairs = zip(Sections(one).marks, Sections(other).marks, strict=True)
+    pairs = zip(sections_of(one).marks, sections_of(other).marks, strict=True)
     assert [a == b for a, b in pairs] == [True, True, False]
 
 

@@ -222,7 +222,7 @@ def _broken(*_: object) -> None:
     raise RuntimeError("it broke")
 
 
-@pytest.mark.parametrize("other", ["another base", "another config", "bf16", "texts"])
+@pytest.mark.parametrize("other", ["another base", "another config", "other inputs", "bf16", "texts"])
 def test_a_version_whose_bottom_differs_goes_alone_and_says_so(other: str, tmp_path: Path) -> None:
     engine, strange = kin(tmp_path / "a", "a"), kin(tmp_path / "b", "b", seed=2)
     match other:
@@ -231,6 +231,8 @@ def test_a_version_whose_bottom_differs_goes_alone_and_says_so(other: str, tmp_p
                 strange.model.bert.embeddings.LayerNorm.bias[0] += 1e-3
         case "another config":
             strange.model.config.layer_norm_eps = 1e-3
+        case "other inputs":
+            strange.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
         case "bf16":
             strange.model.to(torch.bfloat16)
         case "texts":

@@ -6,7 +6,7 @@ whatever their jobs said.
 
 import copy
 import hashlib
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,10 +24,10 @@ class Sections:
     Has modules of its own and the model's tensors, so that the model itself may run beside it. One thread at a time.
 
     ``marks[k - 1]`` is a digest of all that the states above the lowest ``k`` blocks are computed of: the config and
-    the weights. Two models with equal marks give equal states for the same inputs.
+    the weights, whose own ``digests`` are by their ids. Two models with equal marks give equal states for equal inputs.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, digests: Mapping[int, str]) -> None:
         blocks = find_blocks(model)
         if blocks.shared or getattr(model.config, "is_encoder_decoder", False):
             raise ModelError(f"{type(model).__name__} has no cut between its blocks")
@@ -39,7 +39,7 @@ class Sections:
         self._cuts = [Cut(self._model, depth) for depth in range(blocks.depth + 1)]
         if not all(cut.agrees() for cut in self._cuts[1:]):
             raise ModelError(f"{type(model).__name__} gives other outputs when it is cut between its blocks")
-        self.marks = tuple(self._marks())
+        self.marks = tuple(self._marks(digests))
 
     def up(self, inputs: dict[str, Tensor], states: Tensor | None, start: int, end: int) -> Tensor:
         """The states above ``end`` blocks, (rows, tokens, width), of those above ``start``; None: of the words.
@@ -67,10 +67,9 @@ class Sections:
         finally:
             cut.restore()
 
-    def _marks(self) -> Iterator[str]:
+    def _marks(self, digests: Mapping[int, str]) -> Iterator[str]:
         base, top = self._model.base_model, self._cuts[-1]
         named = {id(parameter): name for name, parameter in base.named_parameters()}
-        digests = {number: tensor_digest(parameter) for number, parameter in _numbered(base)}
         whole = f"{type(base).__name__} {config_digest(self._model.config)}"
         for cut in self._cuts[1:]:
             used = sorted(f"{named[id(weight)]} {digests[id(weight)]}" for weight in _weights_of(cut, self._model))
@@ -78,14 +77,19 @@ class Sections:
             yield hashlib.sha256("\n".join([whole, *used, "first only" * first_only]).encode()).hexdigest()
 
 
-def held_once(model: nn.Module, known: MutableMapping[str, nn.Parameter]) -> None:
-    """Have a model use the weights that are ``known`` by their digests where its own are equal; its other ones are then
-    known too.
+def held_once(model: nn.Module, known: MutableMapping[str, nn.Parameter]) -> dict[int, str]:
+    """Have a model use the weights that are ``known`` by their digests where its own are equal; learn its others.
+
+    Gives the digest of every weight that the model has now, by the weight's id.
     """
-    digests = {number: tensor_digest(parameter) for number, parameter in _numbered(model)}
+    digests = {id(parameter): tensor_digest(parameter) for parameter in model.parameters()}
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, known.setdefault(digests[id(parameter)], parameter))
+            digest = digests[id(parameter)]
+            kept = known.setdefault(digest, parameter)
+            digests[id(kept)] = digest
+            setattr(module, name, kept)
+    return digests
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -94,10 +98,6 @@ def tensor_digest(tensor: Tensor) -> str:
     found = hashlib.sha256(f"{tensor.dtype} {tensor.device} {tuple(tensor.shape)} ".encode())
     found.update(cells.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def _numbered(model: nn.Module) -> Iterator[tuple[int, nn.Parameter]]:
-    return ((id(parameter), parameter) for parameter in model.parameters())
 
 
 def _weights_of(cut: Cut, model: Any) -> Iterator[Any]:

@@ -126,7 +126,7 @@ class Shares:
         cost = engine.cost()
         with self._joining:
             sections = self._sections(engine)
-            key = sections.marks[0] if sections else ""
+            key = _key(engine, sections) if sections else ""
             group = self._groups.get(key) or Group(self._limits, self._queue, self._thread)
             if sections:
                 self._groups[key] = group
@@ -138,13 +138,19 @@ class Shares:
         """The engine's model as something to share; None where it can't be."""
         if not isinstance(engine.model, nn.Module):
             return None
-        held_once(engine.model, self._weights)
+        digests = held_once(engine.model, self._weights)
         if engine.task.generates:
             return None
         try:
-            return Sections(engine.model)
+            return Sections(engine.model, digests)
         except ModelError:
             return None
+
+
+def _key(engine: Engine, sections: Sections) -> str:
+    """What versions of one group have in common: a block, and which inputs there are and how they are padded."""
+    tokenizer = engine.tokenizer
+    return " ".join([sections.marks[0], *tokenizer.model_input_names, str(tokenizer.pad_token_id)])
 
 
 @dataclass(frozen=True)
