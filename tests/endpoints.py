@@ -44,6 +44,7 @@ class Plain:
 
         self.version = version("text-classification", ["yes"])
         self.task = TextClassification()
+        self.model: Any = None
         self.rows: list[int] = []
         self.hold: Any = None
         self.error: Exception | None = None

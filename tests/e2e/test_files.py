@@ -88,7 +88,7 @@ def test_every_serve_config_is_in_serves_own_schema_and_its_args_are_ours(path: 
     config = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     for application in config.applications:
         assert application.import_path == "banjoray.serving.app:build"
-        assert validate(ServeConfig, application.args, path.name).model
+        assert validate(ServeConfig, application.args, path.name).references
 
 
 def test_a_wheel_carries_what_the_quickstart_needs(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ class ServeConfig(Section):
 
     model: str | None = Field(None, description="name@version or name@alias, as emotion@production.")
     models: tuple[str, ...] = Field(
-        (), description="Several of them instead, each of another name; all are loaded into every replica."
+        (),
+        description="Several of them instead, each of another name; all are loaded into every replica, and what they "
+        "have in common from the bottom up is held and computed once.",
     )
     registry: str = Field("./registry", description="Folder or fsspec URL of the registry.")
     engine: Literal["auto", "torch", "onnx"] = Field(

@@ -4,6 +4,8 @@ The bottom is the embeddings and the lowest blocks, all frozen. It runs without 
 that is what makes it a constant, and a run with a cache the same as one without.
 """
 
+import hashlib
+import json
 from typing import Any
 
 import torch
@@ -11,6 +13,20 @@ from torch import Tensor, nn
 
 from banjoray.errors import ModelError
 from banjoray.models.blocks import find_blocks, probe_of
+
+# Parts of a config that change nothing below a head.
+ASIDE = (
+    "dropout",
+    "pdrop",
+    "label",
+    "name_or_path",
+    "architectures",
+    "version",
+    "dtype",
+    "problem_type",
+    "use_cache",
+    "thresholds",
+)
 
 
 def frozen_depth(model: Any) -> int | None:
@@ -31,6 +47,16 @@ def frozen_depth(model: Any) -> int | None:
     stack = base.get_submodule(blocks.stack)
     free = (number for number, block in enumerate(stack) if any(p.requires_grad for p in block.parameters()))
     return next(free, len(stack))
+
+
+def config_digest(config: Any) -> str:
+    """sha256 of the parts of a config that change what is computed below a head."""
+    parts = {
+        key: value
+        for key, value in config.to_dict().items()
+        if not any(aside in key for aside in ASIDE) and not key.startswith("_")
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def silence(model: Any, depth: int) -> None:

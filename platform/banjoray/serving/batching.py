@@ -63,18 +63,37 @@ class _Waiting(Generic[Row, Output]):
     due: float = 0.0
     waits: bool = True
 
+    def settle(self, output: Output | Exception) -> None:
+        """Give the row's output, or what went wrong, to whoever still waits for it."""
+        if self.output.done():
+            return
+        if isinstance(output, Exception):
+            self.output.set_exception(output)
+        else:
+            self.output.set_result(output)
+
+
+@dataclass
+class _Handed(Generic[Row, Output]):
+    """A batch that the thread has, and what comes of it."""
+
+    batch: list[_Waiting[Row, Output]]
+    turn: Turn
+    outputs: "asyncio.Future[Sequence[Output | Exception]]"
+
 
 class Batcher(Generic[Row, Output]):
     """Turns single rows into batches for ``forward``, which runs in one thread beside the event loop.
 
     ``max_tokens`` bounds rows x longest of a batch, and ``target_s`` the seconds that ``cost`` predicts for it; a row
     that is above them by itself goes alone. The cost follows what passes take by ``clock``, and ``pace`` what waits.
-    Batchers that share a ``thread``, of one worker, take turns.
+    ``forward`` gives an exception for a row that fails alone. Batchers that share a ``thread``, of one worker, take
+    turns.
     """
 
     def __init__(
         self,
-        forward: Callable[[Sequence[Row]], Sequence[Output]],
+        forward: Callable[[Sequence[Row]], Sequence[Output | Exception]],
         max_tokens: int,
         cost: Costs = FREE,
         target_s: float = math.inf,
@@ -94,8 +113,8 @@ class Batcher(Generic[Row, Output]):
     async def outputs(self, rows: Sequence[Row]) -> list[Output]:
         """The outputs of some rows, in their order; they may be computed in several batches.
 
-        Raises what ``forward`` raised for the batch of a row. Rows of a call that is cancelled, or has failed, are not
-        computed.
+        Raises what ``forward`` raised for the batch of a row, or gave for the row. Rows of a call that is cancelled, or
+        has failed, are not computed.
         """
         loop = asyncio.get_running_loop()
         mine = [
@@ -154,41 +173,35 @@ class Batcher(Generic[Row, Output]):
             written.cancel()
 
     async def _drain(self) -> None:
-        handed: deque[tuple[list[_Waiting[Row, Output]], Turn, asyncio.Future[Sequence[Output]]]] = deque()
+        handed: deque[_Handed[Row, Output]] = deque()
         while True:
             if not handed:
                 self._hand(handed)
             # Where many wait, the thread has its next pass before this one's end is noticed: a loop that is busy with
             # what it refuses comes to that late.
-            if handed and self.pace.measured and len(self._waiting) > 2 * len(handed[0][0]):
+            if handed and self.pace.measured and len(self._waiting) > 2 * len(handed[0].batch):
                 self._hand(handed)
             if not handed:
                 return
-            batch, turn, outputs = handed.popleft()
+            found = handed.popleft()
             try:
-                answered = list(zip(batch, await outputs, strict=True))
-                self.pace.ended(turn)
+                answered = list(zip(found.batch, await found.outputs, strict=True))
+                self.pace.ended(found.turn)
             except Exception as error:  # noqa: BLE001  the boundary between requests: one batch fails, the rest go on
-                self.pace.ended(turn, told=False)
-                for waiting in batch:
-                    if not waiting.output.done():
-                        waiting.output.set_exception(error)
-                continue
+                self.pace.ended(found.turn, told=False)
+                answered = [(waiting, error) for waiting in found.batch]
             for waiting, output in answered:
-                if not waiting.output.done():
-                    waiting.output.set_result(output)
+                waiting.settle(output)
 
-    def _hand(
-        self, handed: "deque[tuple[list[_Waiting[Row, Output]], Turn, asyncio.Future[Sequence[Output]]]]"
-    ) -> None:
+    def _hand(self, handed: "deque[_Handed[Row, Output]]") -> None:
         """Hand the next batch to the thread, if any row waits."""
         if batch := self._take():
             rows = [waiting.row for waiting in batch]
             turn = self.pace.passing([len(row) for row in rows])
-            loop = asyncio.get_running_loop()
-            handed.append((batch, turn, loop.run_in_executor(self._thread, self._passed, turn, rows)))
+            outputs = asyncio.get_running_loop().run_in_executor(self._thread, self._passed, turn, rows)
+            handed.append(_Handed(batch, turn, outputs))
 
-    def _passed(self, turn: Turn, rows: Sequence[Row]) -> Sequence[Output]:
+    def _passed(self, turn: Turn, rows: Sequence[Row]) -> Sequence[Output | Exception]:
         """A pass, in the thread."""
         with self.pace.timed(turn):
             return self._forward(rows)

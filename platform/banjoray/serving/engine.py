@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from banjoray.config.job import JobConfig, load_job
 from banjoray.data.batches import padded
@@ -66,6 +67,12 @@ class Engine:
         columns = {key: [row[key] for row in rows] for key in rows[0]}
         return self.task.encode(columns, self.tokenizer, self._data).by_row()
 
+    def inputs(self, features: Sequence[Feature]) -> dict[str, Tensor]:
+        """Some features as the model takes them, padded to the longest of them, on its device."""
+        inputs = {name: [feature.inputs[name] for feature in features] for name in features[0].inputs}
+        tokens = tokens_of([Features(inputs, range(len(features)))])
+        return to_tensors(padded(tokens, np.arange(len(features)), self.tokenizer.pad_token_id), self._device)
+
     def forward(self, features: Sequence[Feature]) -> list[np.ndarray]:
         """What the task keeps of some features' outputs, in their order; one pass through the model.
 
@@ -73,9 +80,7 @@ class Engine:
         """
         if self.task.generates:
             return self.task.generate(self.model, features, self.tokenizer)
-        inputs = {name: [feature.inputs[name] for feature in features] for name in features[0].inputs}
-        tokens = tokens_of([Features(inputs, range(len(features)))])
-        batch = to_tensors(padded(tokens, np.arange(len(features)), self.tokenizer.pad_token_id), self._device)
+        batch = self.inputs(features)
         with torch.inference_mode():
             return self.task.kept(self.model(**batch), batch, None)
 

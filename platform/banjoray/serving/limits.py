@@ -55,11 +55,11 @@ class Queue(Generic[Row, Output]):
         """Of every batcher of the replica; their passes take turns in one thread."""
 
     def timed(
-        self, forward: Callable[[Sequence[Row]], Sequence[Output]]
-    ) -> Callable[[Sequence[Entry[Row]]], Sequence[Output]]:
+        self, forward: Callable[[Sequence[Row]], Sequence[Output | Exception]]
+    ) -> Callable[[Sequence[Entry[Row]]], Sequence[Output | Exception]]:
         """``forward`` for a batcher of entries: notes when each batch began and ended."""
 
-        def inner(entries: Sequence[Entry[Row]]) -> Sequence[Output]:
+        def inner(entries: Sequence[Entry[Row]]) -> Sequence[Output | Exception]:
             began = time.perf_counter()
             outputs = forward([entry.row for entry in entries])
             ended = time.perf_counter()

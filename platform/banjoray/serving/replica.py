@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from banjoray.config.serve import ServeConfig
-from banjoray.data.tokens import Feature
 from banjoray.errors import RequestError
 from banjoray.serving.engine import Engine
 from banjoray.serving.limits import Queue
 from banjoray.serving.security import NONE, Keys
 from banjoray.serving.served import Served
 from banjoray.serving.shadow import Shadow
+from banjoray.serving.sharing import Owned, Shares
 from banjoray.serving.telemetry import Telemetry, current
 
 
@@ -59,12 +59,16 @@ class Replica:
         self.keys = None if limits.api_keys in (None, NONE) else Keys(limits.api_keys)
         self.slots: dict[str, Slot] = {}
         self.telemetry = Telemetry(limits, name, self._versions)
-        self._queue: Queue[Feature, np.ndarray] = Queue(limits, self.telemetry)
+        self._queue: Queue[Owned, np.ndarray] = Queue(limits, self.telemetry)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="banjoray-forward")
+        self._shares = Shares(limits, self._queue, self._thread)
 
     def serve(self, engine: Engine) -> Served:
-        """What answers with an engine; it gets no requests before it stands in a slot."""
-        return Served(engine, self.limits, self._queue, self._thread)
+        """What answers with an engine; it gets no requests before it stands in a slot.
+
+        It shares passes with those that are served already, or were and still answer, where its weights are theirs.
+        """
+        return Served(engine, self.limits, self._queue, self._shares)
 
     def check_wait(self) -> None:
         """Raise RequestError, 429, where whoever asks now would wait too long."""

@@ -127,5 +127,6 @@ def _told(slot: Slot) -> dict[str, Any]:
         "metrics": dict(version.metrics),
         "lineage": dict(version.lineage),
         "engine": found.chosen.to_json(),
+        "shares": found.shares(),
         "rollout": rollout,
     }

@@ -1,7 +1,6 @@
 """One loaded version that answers what requests ask, whatever protocol they came by. Knows nothing of Ray or HTTP."""
 
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +9,11 @@ import numpy as np
 from banjoray.config.serve import ServeConfig
 from banjoray.data.tokens import Feature
 from banjoray.registry import ModelVersion
-from banjoray.serving.batching import Batcher
 from banjoray.serving.choosing import Chosen
 from banjoray.serving.encoding import encoded
 from banjoray.serving.engine import Engine
 from banjoray.serving.limits import Entry, Queue
+from banjoray.serving.sharing import Owned, Shares
 from banjoray.tasks.task import Ask, Task
 
 
@@ -35,20 +34,16 @@ class Answered:
 class Served:
     """Encodes the rows of a request, waits for their share of a batch, answers: the way of every protocol.
 
-    ``queue`` and ``thread``, where forward passes run one after the other, are those of the replica. Measures the
-    engine's passes when it is made, which takes a moment.
+    ``queue``, and ``shares``, which knows whose rows go into one batch, are those of the replica. Measures the engine's
+    passes when it is made, which takes a moment.
     """
 
-    def __init__(
-        self, engine: Engine, limits: ServeConfig, queue: Queue[Feature, np.ndarray], thread: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, engine: Engine, limits: ServeConfig, queue: Queue[Owned, np.ndarray], shares: Shares) -> None:
         self.engine = engine
         self.limits = limits
         self._queue = queue
-        self._batcher: Batcher[Entry[Feature], np.ndarray] = Batcher(
-            queue.timed(engine.forward), limits.max_batch_tokens, engine.cost(), limits.pass_target_ms / 1000, thread
-        )
-        queue.paces.add(self._batcher.pace)
+        self._member = shares.join(engine)
+        self._batcher = self._member.group.batcher
         self.headers = {"x-model-version": str(engine.version), "x-run-id": str(engine.version.lineage["run"])}
         self.told: Callable[[Ask, Answered], None] = silent
         """Is told of every whole answer, and must not wait."""
@@ -98,7 +93,7 @@ class Served:
 
     async def beside(self, ask: Ask) -> Answered:
         """The same for nobody: it is not counted, timed or told as a request's."""
-        rows = await encoded(self.engine, ask.rows)
+        rows = await self._features(ask.rows)
         outputs = await self._batcher.outputs([Entry(feature) for row in rows for feature in row])
         return Answered(self.engine.answer(ask, rows, outputs), rows, outputs)
 
@@ -107,8 +102,15 @@ class Served:
         rows = await self._encoded(ask)
         return self._queue.stream(self._batcher.stream(self.engine.streamed(ask, rows)))
 
-    async def _encoded(self, ask: Ask) -> list[list[Feature]]:
-        return await self._queue.encoded(lambda rows: encoded(self.engine, rows), ask.rows)
+    def shares(self) -> dict[str, int]:
+        """The versions that its rows share passes with, and how many of the lowest blocks."""
+        return self._member.shares()
+
+    async def _encoded(self, ask: Ask) -> list[list[Owned]]:
+        return await self._queue.encoded(self._features, ask.rows)
+
+    async def _features(self, rows: Sequence[dict[str, Any]]) -> list[list[Owned]]:
+        return self._member.owned(await encoded(self.engine, rows))
 
 
 def silent(ask: Ask, answered: Answered) -> None:

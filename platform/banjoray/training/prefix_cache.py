@@ -31,7 +31,7 @@ from banjoray.data.batches import padded, sorted_batches
 from banjoray.data.tokens import Tokens
 from banjoray.errors import ConfigError
 from banjoray.models.blocks import find_blocks
-from banjoray.models.prefix import Cut, frozen_depth, silence, trimmed
+from banjoray.models.prefix import Cut, config_digest, frozen_depth, silence, trimmed
 from banjoray.tasks.task import varies
 from banjoray.training.interface import Rows
 from banjoray.training.learned import digest
@@ -41,8 +41,6 @@ FORMAT = 1
 MANIFEST, STATES = "prefix.json", "states.npy"
 # How fast states can be read back, and how fast the bottom computes them; decides only where the cache is worth it.
 READ_BYTES_PER_S, CPU_FLOPS, GPU_FLOPS = 1e9, 1e11, 5e13
-# Parts of a config that change nothing below a head.
-ASIDE = ("dropout", "pdrop", "label", "name_or_path", "architectures", "version", "dtype", "problem_type", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -299,17 +297,12 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 def _digests(model: Any, depth: int) -> list[str]:
     """Of the config, of the embeddings, and of each of the lowest blocks."""
-    config = {
-        key: value
-        for key, value in model.config.to_dict().items()
-        if not any(aside in key for aside in ASIDE) and not key.startswith("_")
-    }
     base = model.base_model
     blocks = find_blocks(model)
     parts: list[dict[str, Tensor]] = [{name: base.get_parameter(name) for name in blocks.embeddings}]
     parts += [dict(base.get_submodule(f"{blocks.stack}.{number}").named_parameters()) for number in range(depth)]
     weights = [digest({name: part.detach().cpu() for name, part in named.items()}) for named in parts]
-    return [hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(), *weights]
+    return [config_digest(model.config), *weights]
 
 
 def _whole(entry: Path) -> np.ndarray | None:
