@@ -7,9 +7,9 @@ client makes no answer look fast. At most `CONNECTIONS` requests are on their wa
 as unsent, and a load with any says nothing about the server.
 
 ``tries`` above 1: a request whose connection broke, or that got 502, 503 or HAProxy's own 500 (which Serve puts in the
-place of both), is sent again so often, and one that got 429 as soon as Retry-After says. ``labels`` is a file with the
-checkpoint's own labels of all texts by version: answers are compared with those of the version that they name.
-Prints a JSON line.
+place of both), is sent again so often, and one that got 429 after once or twice the time that Retry-After says.
+``labels`` is a file with the checkpoint's own labels of all texts by version: answers are compared with those of the
+version that they name. Prints a JSON line.
 """
 
 import asyncio
@@ -87,7 +87,9 @@ class Open:
                 self._told["lost"] += 1
                 return
             self._told["retried"] += 1
-            await asyncio.sleep(float(reply.fields.get("retry-after", 1)) if reply and kind == "429" else PAUSE_S)
+            pause_s = float(reply.fields.get("retry-after", 1)) if reply and kind == "429" else PAUSE_S
+            # Not all at the same moment.
+            await asyncio.sleep(pause_s * random.uniform(1, 2))
 
     async def _sent(self, body: bytes) -> tuple[str, Reply | None]:
         """What came of sending a body once: a status, or a word; and the answer if there was one."""
