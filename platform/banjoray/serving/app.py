@@ -87,7 +87,7 @@ class Endpoint:
 
     async def forget(self) -> None:
         """`Rollouts.forget`."""
-        self._rollouts.forget()
+        await self._rollouts.forget()
 
     async def held(self) -> dict[str, dict[str, Any]]:
         """Of every model what is held for it, and what was refused since the last change and why."""

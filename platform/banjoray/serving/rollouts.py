@@ -59,8 +59,12 @@ class Rollouts:
                 found += await self._ready(name, plan)
             return found
 
-    def forget(self) -> None:
+    async def forget(self) -> None:
         """Drop what was prepared and is not used."""
+        async with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
         used = {str(each.version): each for slot in self._replica.slots.values() for _, each in slot.roles()}
         dropped = self._held.keys() - used.keys()
         self._held = used
@@ -112,7 +116,7 @@ class Rollouts:
                 self._replica.slots[name] = replace(slot, refused=told)
             else:
                 self._replica.slots[name] = self._slot(plan, slot)
-            self.forget()
+            self._drop()
 
     async def _ready(self, name: str, plan: Rollout) -> list[Verdict]:
         """Everything that a plan names, loaded, and compared where it shall answer and was not before."""
