@@ -3,12 +3,12 @@
     python -m benchmarks.serve_survival [--registry FOLDER] [--seconds 600] [--kill-every 60] [--swaps 2]
 
 `banjoray serve` with two replicas of one thread in fp32 and MiniLM, fine-tuned by the quickstart's job (or emotion@1,
-and emotion@2 for swaps, of a registry). An open loop (`benchmarks.serve_open`) sends 80 % of what a closed loop of 32
-clients gets. Every minute a replica is killed; at ``--swaps`` moments `banjoray deploy` brings the other
+and emotion@2 for swaps, of a registry). An open loop (`benchmarks.serve_open`) sends 80 % of the capacity that is left
+when one replica is down: half of what a closed loop of 32 clients gets. Every minute a replica is killed; at ``--swaps`` moments `banjoray deploy` brings the other
 version. Every answer is compared with the label that transformers alone, text by text, finds with the version that the
 answer names. A request is sent again where its connection broke or it got 502, 503 or HAProxy's 500 before an answer,
 twice at most, and after a 429 when it says so. Resident memory is that of all replicas, of HAProxy and of Serve's
-controller. Ends with 1, and leaves no results file, unless none is lost, none wrong, and memory is flat. Results go to
+controller; both versions were held before the load began. Ends with 1, and leaves no results file, unless none is lost, none wrong, and memory is flat. Results go to
 benchmarks/results and, as one JSON line, to stdout.
 """
 
@@ -37,7 +37,7 @@ from benchmarks.serve_throughput import (
     trained,
 )
 
-CLIENTS, WARMUP_S, SHARE, TRIES = 32, 5.0, 0.8, 3
+CLIENTS, WARMUP_S, SHARE, TRIES, REPLICAS = 32, 5.0, 0.8, 3, 2
 KINDS = {"replica": "ServeReplica", "haproxy": "haproxy", "controller": "ServeController"}
 # Serve gives replicas that HAProxy asks ports of these.
 PORTS = range(30000, 31001)
@@ -82,10 +82,14 @@ def survival(options: argparse.Namespace, registry: Path, texts: Path, wanted: P
     """What came of it, and whether it holds."""
     port = free_port()
     case = {"contender": "banjoray", "registry": str(registry), "port": port, "args": {"precision": "fp32"}}
-    with server(case | {"deployment": {"num_replicas": 2}}) as process:
+    with server(case | {"deployment": {"num_replicas": REPLICAS}}) as process:
         loaded(port, texts, 8, 0)
         loaded(port, texts, CLIENTS, WARMUP_S)
-        capacity = loaded(port, texts, CLIENTS, WARMUP_S)["requests_per_s"]
+        whole = loaded(port, texts, CLIENTS, WARMUP_S)["requests_per_s"]
+        capacity = round(whole * (REPLICAS - 1) / REPLICAS, 2)
+        if options.swaps:
+            banjoray("deploy", "emotion@2")
+            banjoray("rollback", "emotion")
         load = {"port": port, "texts": str(texts), "labels": str(wanted), "tries": TRIES}
         load |= {"rate": SHARE * capacity, "seconds": options.seconds}
         command = [sys.executable, "-m", "benchmarks.serve_open", json.dumps(load)]
@@ -101,6 +105,8 @@ def survival(options: argparse.Namespace, registry: Path, texts: Path, wanted: P
     }
     return {
         "seconds": options.seconds,
+        "replicas": REPLICAS,
+        "capacity_of_all_per_s": whole,
         "capacity_per_s": capacity,
         "share": SHARE,
         "events": events,
@@ -130,13 +136,18 @@ def during(options: argparse.Namespace, root: Any) -> tuple[list[str], dict[str,
             swaps.pop(0)
             # The server began with emotion@1.
             version = 1 + (options.swaps - len(swaps)) % 2
-            run([sys.executable, "-m", "banjoray.cli", "deploy", f"emotion@{version}"])
+            banjoray("deploy", f"emotion@{version}")
             events.append(f"{now:.0f} s: deployed emotion@{version}")
         for kind, members in found.items():
             if held := [size for member in members if (size := resident(member))]:
                 memory[kind].append(max(held))
         time.sleep(1.0)
     return events, memory
+
+
+def banjoray(*words: str) -> None:
+    """A command that talks to the endpoint; raises CalledProcessError if it fails."""
+    run([str(Path(sys.executable).with_name("banjoray")), *words])
 
 
 def processes(root: Any) -> dict[str, list[Any]]:
