@@ -4,11 +4,12 @@
 
 `banjoray serve` with two replicas of one thread in fp32 and MiniLM, fine-tuned by the quickstart's job (or emotion@1,
 and emotion@2 for swaps, of a registry). An open loop (`benchmarks.serve_open`) sends 80 % of the capacity that is left
-when one replica is down: half of what a closed loop of 32 clients gets. Every minute a replica is killed; at ``--swaps`` moments `banjoray deploy` brings the other
-version. Every answer is compared with the label that transformers alone, text by text, finds with the version that the
-answer names. A request is sent again where its connection broke or it got 502, 503 or HAProxy's 500 before an answer,
-twice at most, and after a 429 when it says so. Resident memory is that of all replicas, of HAProxy and of Serve's
-controller; both versions were held before the load began. Ends with 1, and leaves no results file, unless none is lost, none wrong, and memory is flat. Results go to
+when one replica is down: half of what a closed loop of 32 clients gets. Every minute a replica is killed; at
+``--swaps`` moments `banjoray deploy` brings the other version. Every answer is compared with the label that
+transformers alone, text by text, finds with the version that the answer names. A request is sent again where its
+connection broke or it got 502, 503 or HAProxy's 500 before an answer, twice at most, and after a 429 when it says so.
+Resident memory is that of all replicas, of HAProxy and of Serve's controller; both versions were held before the load
+began. Ends with 1, and leaves no results file, unless none is lost, none wrong, and memory is flat. Results go to
 benchmarks/results and, as one JSON line, to stdout.
 """
 
