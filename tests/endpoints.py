@@ -42,7 +42,6 @@ class Plain:
     def __init__(self) -> None:
         from banjoray.tasks.text_classification import TextClassification
 
-        self.model = None
         self.version = version("text-classification", ["yes"])
         self.task = TextClassification()
         self.model: Any = None
