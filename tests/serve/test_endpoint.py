@@ -1,5 +1,6 @@
 """What comes back over HTTP: the checkpoint's answers whoever else is asking, and errors that say what was wrong."""
 
+import json
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -371,6 +372,23 @@ def test_a_request_keeps_its_id_and_is_told_its_times_and_a_new_one_gets_one(cli
     ]
     (made,) = client.post("/", json={"inputs": TEXT}).headers.get_list("x-request-id")
     assert len(made) >= 32
+
+
+def test_a_line_per_request_is_in_rays_file_of_the_replicas_stderr(client: httpx.Client) -> None:
+    from ray._private.worker import _global_node
+
+    assert client.post("/", json={"inputs": TEXT}, headers={"x-request-id": "a-line-of-its-own"}).status_code == 200
+    assert _global_node is not None
+    deadline = time.monotonic() + 60
+    while True:
+        files = Path(_global_node.get_logs_dir_path()).glob("worker-*.err")
+        lines = [line for file in files for line in file.read_text().splitlines() if "a-line-of-its-own" in line]
+        if lines:
+            break
+        assert time.monotonic() < deadline
+    (line,) = map(json.loads, lines)
+    assert (line["route"], line["status"], line["version"]) == ("/", 200, "tiny@1")
+    assert TEXT not in lines[0]
 
 
 def test_metrics_of_the_replica_name_it_and_its_version(client: httpx.Client) -> None:

@@ -92,6 +92,11 @@ class _Labelled:
             yield metric
 
 
+def _to_stderr(line: str) -> None:
+    """Serve keeps what is written to sys.stderr in its own log, behind words of its own: that is no JSON any more."""
+    print(line, file=sys.__stderr__, flush=True)
+
+
 class Telemetry:
     """The metrics and the log of one replica.
 
@@ -103,7 +108,7 @@ class Telemetry:
         config: ServeConfig,
         replica: str,
         versions: Callable[[], Iterable[Mapping[str, str]]],
-        write: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
+        write: Callable[[str], None] = _to_stderr,
     ) -> None:
         self.log_texts = config.log_texts
         self._access_log = config.access_log
