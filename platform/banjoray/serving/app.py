@@ -41,13 +41,14 @@ def _replica() -> Replica:
 api = routes.application(_replica)
 
 
-# A replica refuses by time, in the shape of a request's protocol, with the seconds to wait. So requests go to it at
-# once (Serve's default is 5 at a time); what is too much even so gets Serve's refusal, 429 where its default is 503. A
-# replica that died is found at the next check: every 2 s, where Serve's default is 10.
+# A replica refuses by time, in the shape of a request's protocol, with the seconds to wait. Beyond so many requests at
+# once (Serve's default is 5) Serve refuses by itself, by 429 where its default is 503: before it has made anything of
+# a request, which costs a third of what our refusal behind it does (benchmarks/LOG.md, too many requests). A replica that
+# died is found at the next check: every 2 s, where Serve's default is 10.
 @serve.deployment(
     name="Endpoint",
-    max_ongoing_requests=1024,
-    max_queued_requests=256,
+    max_ongoing_requests=64,
+    max_queued_requests=64,
     backpressure_config={"status_code": 429, "retry_after_s": 1},
     health_check_period_s=2,
     # A replica writes a line per request itself (telemetry.py).
