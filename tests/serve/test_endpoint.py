@@ -375,13 +375,14 @@ def test_a_request_keeps_its_id_and_is_told_its_times_and_a_new_one_gets_one(cli
 
 
 def test_a_line_per_request_is_in_rays_file_of_the_replicas_stderr(client: httpx.Client) -> None:
-    from ray._private.worker import _global_node
+    from ray._private import worker
 
+    node: Any = worker._global_node
+    logs = Path(node.get_logs_dir_path())
     assert client.post("/", json={"inputs": TEXT}, headers={"x-request-id": "a-line-of-its-own"}).status_code == 200
-    assert _global_node is not None
     deadline = time.monotonic() + 60
     while True:
-        files = Path(_global_node.get_logs_dir_path()).glob("worker-*.err")
+        files = logs.glob("worker-*.err")
         lines = [line for file in files for line in file.read_text().splitlines() if "a-line-of-its-own" in line]
         if lines:
             break

@@ -43,8 +43,8 @@ api = routes.application(_replica)
 
 # A replica refuses by time, in the shape of a request's protocol, with the seconds to wait. Beyond so many requests at
 # once (Serve's default is 5) Serve refuses by itself, by 429 where its default is 503: before it has made anything of
-# a request, which costs a third of what our refusal behind it does (benchmarks/LOG.md, too many requests). A replica that
-# died is found at the next check: every 2 s, where Serve's default is 10.
+# a request, which costs less than our refusal behind it (benchmarks/LOG.md, too many requests). A replica that died is
+# found at the next check: every 2 s, where Serve's default is 10.
 @serve.deployment(
     name="Endpoint",
     max_ongoing_requests=64,
