@@ -143,8 +143,9 @@ def survival(result: dict[str, Any]) -> str:
     memory = ", ".join(f"{kind} {first} and {last}" for kind, (first, last) in result["memory_mib"].items())
     return (
         f"Survival, {result['data']}, two replicas with one thread each, on {result['machine']}: "
-        f"{result['seconds'] / 60:.0f} minutes at {result['share']:.0%} of {result['capacity_per_s']:.0f} requests/s, which "
-        f"is what is left of a closed loop's {result['capacity_of_all_per_s']:.0f} when one is down; {killed} times a replica was killed, {len(result['events']) - killed} times the "
+        f"{result['seconds'] / 60:.0f} minutes at {result['share']:.0%} of {result['capacity_per_s']:.0f} requests/s, "
+        f"which is what is left of a closed loop's {result['capacity_of_all_per_s']:.0f} when one is down; "
+        f"{killed} times a replica was killed, {len(result['events']) - killed} times the "
         f"version changed. Of {load['sent']} requests {load['lost']} were lost and {load['wrong']} answered wrong; "
         f"{load['retried']} were sent again ({again or 'none'}). MiB at the start and at the end: {memory}."
     )
