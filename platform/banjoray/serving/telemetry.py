@@ -93,8 +93,14 @@ class _Labelled:
 
 
 def _to_stderr(line: str) -> None:
-    """Serve keeps what is written to sys.stderr in its own log, behind words of its own: that is no JSON any more."""
-    print(line, file=sys.__stderr__, flush=True)
+    """A line on the process's own stderr.
+
+    In a replica ``sys.stderr`` and ``print`` are Serve's: they put words of theirs around a line, which is no JSON
+    then.
+    """
+    assert sys.__stderr__ is not None
+    sys.__stderr__.write(f"{line}\n")
+    sys.__stderr__.flush()
 
 
 class Telemetry:
