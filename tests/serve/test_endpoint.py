@@ -229,7 +229,7 @@ def test_wrong_row_does_not_spoil_the_answers_of_others(client: httpx.Client, ex
 def test_unknown_model_is_404_and_names_the_one_that_is_served(client: httpx.Client) -> None:
     response = client.post("/models/other", json={"inputs": TEXT})
     assert response.status_code == 404
-    assert response.json() == {"error": "no model 'other' here; this endpoint serves 'tiny'"}
+    assert response.json() == {"error": "model: found 'other'; this endpoint serves 'tiny' ('tiny@1')"}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_unknown_model_is_404_and_names_the_one_that_is_served(client: httpx.Cli
     [
         ("GET", "/nothing", 404, "GET /nothing: Not Found"),
         ("POST", "/models/tiny/more", 404, "POST /models/tiny/more: Not Found"),
-        ("GET", "/models/tiny", 405, "GET /models/tiny: Method Not Allowed"),
+        ("PUT", "/models/tiny", 405, "PUT /models/tiny: Method Not Allowed"),
         ("DELETE", "/", 405, "DELETE /: Method Not Allowed"),
         ("POST", "/healthz", 405, "POST /healthz: Method Not Allowed"),
     ],
@@ -282,6 +282,7 @@ def test_every_answer_names_its_version_and_run_though_the_alias_has_moved(
 def test_root_tells_what_is_served(client: httpx.Client, shelf: Shelf) -> None:
     version = shelf.registry.resolve("tiny@1")
     told = client.get("/").json()
+    assert client.get("/models/tiny").json() == told
     assert told == {
         "model": "tiny",
         "version": 1,
@@ -290,6 +291,8 @@ def test_root_tells_what_is_served(client: httpx.Client, shelf: Shelf) -> None:
         "metrics": dict(version.metrics),
         "lineage": dict(version.lineage),
         "engine": {"engine": "torch", "precision": "fp32", "why": "asked for", "measured_ms": {}},
+        "shares": {},
+        "rollout": {"production": "tiny@1"},
     }
 
 
@@ -310,7 +313,7 @@ def test_other_protocols_answer_what_hugging_faces_does(client: httpx.Client, sh
     predicted = client.post("/predict", json={"inputs": TEXT})
     assert scores(predicted.json()) == pytest.approx(scores(answer), abs=BOUND)
     assert client.get("/info").json()["model_sha"] == shelf.registry.resolve("tiny@1").digest
-    assert {found.headers["x-model-version"] for found in (listed, predicted)} == {"tiny@1"}
+    assert predicted.headers["x-model-version"] == "tiny@1"
     refused = client.post("/v1/embeddings", json={"input": TEXT})
     assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
 
