@@ -16,21 +16,17 @@ import asyncio
 import ctypes
 import gc
 import json
-import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
-from benchmarks.serve_throughput import ROOT, environment, read_texts, run, summary
-from benchmarks.train_throughput import machine
+from benchmarks.serve_throughput import ROOT, described, run, summary, texts_file, written
 
 NAMES = ("a", "b", "c", "d")
 CLIENTS = 32
@@ -54,10 +50,12 @@ def main() -> int:
         return 0
     found: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
     with tempfile.TemporaryDirectory() as folder:
-        texts = Path(folder, "texts.json")
-        texts.write_text(json.dumps(read_texts(options.texts)), encoding="utf-8")
-        count = len(json.loads(texts.read_text(encoding="utf-8")))
-        result = facts(options, count)
+        texts = texts_file(options, Path(folder))
+        result = described("serve_many", options.name, texts) | {
+            "rounds": options.rounds,
+            "seconds": options.seconds,
+            "settings": {"heads": len(NAMES), "threads": 1, "requests_at_once": CLIENTS},
+        }
         for number in range(1, options.rounds + 1):
             for name in options.only:
                 case = {"contender": name, "texts": str(texts), "folder": folder, "seconds": options.seconds}
@@ -68,11 +66,7 @@ def main() -> int:
     plain = [each["differs_by"] for name in found for each in found[name] if CONTENDERS[name][:2] == ("torch", "fp32")]
     result |= {"contenders": contenders, "differs_by": max(plain, default=0.0)}
     result["agrees"] = result["differs_by"] <= BOUND
-    if result["agrees"] and not options.dry:
-        path = ROOT / "benchmarks" / "results" / f"serve_many_{options.name}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return int(not result["agrees"])
+    return written(result, options, result["agrees"])
 
 
 def parsed() -> argparse.Namespace:
@@ -187,24 +181,6 @@ def settings(name: str) -> str:
     """A contender in words."""
     engine, precision, together = CONTENDERS[name]
     return f"{engine} {precision}, {'one backbone' if together else 'each version by itself'}"
-
-
-def facts(options: argparse.Namespace, texts: int) -> dict[str, Any]:
-    """What was measured, on what, with which versions."""
-    described = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(described, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
-    return {
-        "benchmark": "serve_many",
-        "data": f"{options.name}, {texts} texts, MiniLM with {len(NAMES)} heads",
-        "rounds": options.rounds,
-        "seconds": options.seconds,
-        "machine": machine(False),
-        "load_before": round(os.getloadavg()[0], 2),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("banjoray", "torch", "transformers", "onnxruntime")},
-        "commit": commit,
-        "settings": {"threads": environment()["OMP_NUM_THREADS"], "requests_at_once": CLIENTS},
-    }
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from benchmarks.serve_throughput import ROOT, described, free_port, loaded, read_texts, run, server, trained
+from benchmarks.serve_throughput import described, free_port, loaded, run, server, texts_file, trained, written
 
 CLIENTS, WARMUP_S = 32, 5.0
 AFTER_S = 5.0
@@ -29,15 +29,10 @@ def main() -> int:
     options = parsed()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        texts = place / "texts.json"
-        texts.write_text(json.dumps(read_texts(options.texts)), encoding="utf-8")
+        texts = texts_file(options, place)
         registry = Path(options.registry).absolute() if options.registry else trained(place)
         result = described("serve_overload", options.name, texts) | overload(options, registry, texts)
-    if result["holds"] and not options.dry:
-        path = ROOT / "benchmarks" / "results" / f"serve_overload_{options.name}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return int(not result["holds"])
+    return written(result, options, result["holds"])
 
 
 def parsed() -> argparse.Namespace:

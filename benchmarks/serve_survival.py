@@ -32,10 +32,11 @@ from benchmarks.serve_throughput import (
     free_port,
     labels,
     loaded,
-    read_texts,
     run,
     server,
+    texts_file,
     trained,
+    written,
 )
 
 CLIENTS, WARMUP_S, SHARE, TRIES, REPLICAS = 32, 5.0, 0.8, 3, 2
@@ -51,19 +52,14 @@ def main() -> int:
     options = parsed()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        texts, wanted = place / "texts.json", place / "labels.json"
-        texts.write_text(json.dumps(read_texts(options.texts)), encoding="utf-8")
+        texts, wanted = texts_file(options, place), place / "labels.json"
         registry = Path(options.registry).absolute() if options.registry else trained(place)
         if options.swaps and not (registry / "emotion" / "2").exists():
             trained(place, "train.seed=1")
         known = {f"emotion@{path.name}": labels(path, texts) for path in (registry / "emotion").glob("[12]")}
         wanted.write_text(json.dumps(known), encoding="utf-8")
         result = described("serve_survival", options.name, texts) | survival(options, registry, texts, wanted)
-    if result["holds"] and not options.dry:
-        path = ROOT / "benchmarks" / "results" / f"serve_survival_{options.name}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return int(not result["holds"])
+    return written(result, options, result["holds"])
 
 
 def parsed() -> argparse.Namespace:

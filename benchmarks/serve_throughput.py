@@ -49,8 +49,7 @@ def main() -> int:
     options = parsed()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        texts = place / "texts.json"
-        texts.write_text(json.dumps(read_texts(options.texts)), encoding="utf-8")
+        texts = texts_file(options, place)
         registry = trained(place)
         wanted = labels(registry / "emotion" / "1", texts)
         found = rounds(options, registry, texts, wanted)
@@ -58,11 +57,23 @@ def main() -> int:
     contenders = {name: summary(told) | {"settings": SETTINGS[name]} for name, told in found.items()}
     agrees = all(told["same_labels"] >= SAME for told in contenders.values())
     result |= {"contenders": compared(contenders), "agrees": agrees}
-    if agrees and not options.dry:
-        path = ROOT / "benchmarks" / "results" / f"serve_throughput_{options.name}.json"
+    return written(result, options, agrees)
+
+
+def written(result: dict[str, Any], options: argparse.Namespace, good: bool) -> int:
+    """The script's exit code; the result is on stdout, and in benchmarks/results if it is good and no dry run."""
+    if good and not options.dry:
+        path = ROOT / "benchmarks" / "results" / f"{result['benchmark']}_{options.name}.json"
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
-    return int(not agrees)
+    return int(not good)
+
+
+def texts_file(options: argparse.Namespace, folder: Path) -> Path:
+    """The texts that are asked, as a JSON file in a folder."""
+    file = folder / "texts.json"
+    file.write_text(json.dumps(read_texts(options.texts)), encoding="utf-8")
+    return file
 
 
 def parsed() -> argparse.Namespace:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import httpx
 import pytest
 
-from banjoray.cluster.deploy import deploy, rollback
+from banjoray.cluster.deploy import Place, deploy, rollback
 from banjoray.config.job import JobConfig
-from banjoray.errors import ConfigError, GateRefused
+from banjoray.config.rollout import Rollout
+from banjoray.config.section import validate
+from banjoray.config.serve import ServeConfig
+from banjoray.errors import ClusterError, ConfigError, GateRefused
 from banjoray.serving.app import serving
 from commands import BANJORAY
 from factories import sample_rows
@@ -190,7 +194,9 @@ def test_a_shadow_answers_nobody_and_its_differences_are_counted_by_label(url: s
         for text in TEXTS:
             assert client.post("/", json={"inputs": text}).headers["x-model-version"] == "tiny@1"
         told = client.get("/").json()["rollout"]["shadow"]
+        deadline = time.monotonic() + 60
         while told["rows"] + told["passed_over"] < len(TEXTS):
+            assert time.monotonic() < deadline, told
             told = client.get("/").json()["rollout"]["shadow"]
     assert (told["version"], told["failed"]) == ("tiny@3", 0)
     assert 0 < told["differ"] <= told["rows"]
@@ -219,6 +225,14 @@ def test_the_commands_do_it_from_another_process(url: str) -> None:
     assert back.returncode == 0, back.stderr
     assert back.stdout.startswith("production tiny@1, previous tiny@2; in every replica after ")
     assert about(url)["version"] == 1
+
+
+def test_a_change_that_others_came_before_is_not_made(url: str) -> None:
+    plan = Rollout(production="tiny@2", previous="tiny@1", accepted=("tiny@2",))
+    deploy("tiny@3", "shadow", {}, HERE, silent)
+    with pytest.raises(ClusterError, match="another change came first: replicas held"):
+        Place("tiny", validate(ServeConfig, {"model": "tiny@1"}, "args")).follow("tiny", plan, {"production": "tiny@1"})
+    assert about(url)["rollout"]["production"] == "tiny@1"
 
 
 @pytest.mark.usefixtures("url")

@@ -98,7 +98,17 @@ def test_a_slower_version_is_refused_with_both_times(made: tuple[Ready, Engine])
 def test_another_task_is_refused(made: tuple[Ready, Engine]) -> None:
     ready, live = made
     found = compared(other(live, task="something-else"), live, rows(ready), Gate(), same_times)
-    assert found.why == f"its task is something-else; needed {live.version.task}"
+    assert found.why.startswith("its task is something-else")
+    assert f"; needed {live.version.task}" in found.why
+
+
+def test_another_kind_of_labels_is_refused(made: tuple[Ready, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    ready, live = made
+    candidate = other(live)
+    candidate.task = copy.copy(live.task)
+    monkeypatch.setattr(candidate.task, "problem_type", "another_kind", raising=False)
+    found = compared(candidate, live, rows(ready), Gate(), same_times)
+    assert found.why.startswith(f"its task is {live.version.task} another_kind; needed {live.version.task}")
 
 
 def test_labels_in_another_order_are_refused(made: tuple[Ready, Engine]) -> None:

@@ -2,15 +2,19 @@
 
 import asyncio
 import gc
+import json
+import re
 import threading
 import weakref
 from collections.abc import Coroutine
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import yaml
 
 from banjoray.config.rollout import Gate, Rollout, rollouts
 from banjoray.config.section import validate
@@ -21,6 +25,7 @@ from banjoray.serving.choosing import ASKED
 from banjoray.serving.replica import Replica, Slot
 from banjoray.serving.rollouts import Rollouts
 from banjoray.serving.routes import application
+from banjoray.serving.shadow import Shadow
 from endpoints import Plain
 
 PATIENCE_S = 60.0
@@ -53,6 +58,7 @@ class World:
         self.replica.telemetry._write = self.log.append
         self.broken: set[str] = set()
         self.worse: set[str] = set()
+        self.confused: set[str] = set()
         self.loaded: list[str] = []
         self.compared: list[tuple[str, str, Gate]] = []
         self.hold = threading.Event()
@@ -69,6 +75,8 @@ class World:
     def _compare(self, candidate: Any, live: Any, gate: Gate) -> Verdict:
         pair = (str(candidate.version), str(live.version))
         self.compared.append((*pair, gate))
+        if pair[0] in self.confused:
+            raise KeyError("a secret text")
         return Verdict(*pair, why="its f1 is 0.1" if pair[0] in self.worse else "")
 
     async def follow(self, **plan: Any) -> None:
@@ -76,6 +84,18 @@ class World:
         await self.rollouts.follow({"tiny": Rollout(**plan)})
         while self.rollouts._following:
             await asyncio.gather(*self.rollouts._following)
+
+    async def shadowed(self) -> Shadow:
+        """The shadow tiny@2 beside tiny@1."""
+        for _ in range(2):
+            await self.follow(production="tiny@1", shadow="tiny@2")
+        assert self.slot.shadow is not None
+        return self.slot.shadow
+
+    def client(self) -> httpx.AsyncClient:
+        """One of the replica's application."""
+        transport = httpx.ASGITransport(application(lambda: self.replica))
+        return httpx.AsyncClient(transport=transport, base_url="http://in.process")
 
     @property
     def slot(self) -> Slot:
@@ -147,6 +167,36 @@ def test_what_is_refused_changes_nothing_and_is_dropped(broken: bool, why: str) 
         assert list(world.rollouts._held) == ["tiny@1"]
         await world.follow(production="tiny@1")
         assert world.slot.refused == ""
+
+    run(scene())
+
+
+def test_what_breaks_on_the_probe_rows_is_refused_and_their_texts_are_not_told() -> None:
+    world = World()
+    world.confused.add("tiny@2")
+
+    async def scene() -> None:
+        await world.follow(production="tiny@1")
+        await world.follow(production="tiny@2", previous="tiny@1")
+        why = "it can't answer the probe rows (KeyError; the replica's log says where)"
+        assert world.slot.refused == f"tiny@2 is refused: {why}"
+        bug = json.loads(world.log[0])
+        assert (bug["where"], bug["exception"]) == ("probe rows, tiny@2", "KeyError")
+        assert "test_rollouts.py" in bug["at"][-1]
+        assert "secret" not in "".join(world.log)
+
+    run(scene())
+
+
+def test_a_shadow_has_the_labels_of_production() -> None:
+    world = World()
+
+    async def scene() -> None:
+        await world.follow(production="tiny@1")
+        world.slot.production.engine.labels = ("yes", "no")
+        await world.follow(production="tiny@1", shadow="tiny@2")
+        assert world.slot.held == {"production": "tiny@1"}
+        assert world.slot.refused.startswith("tiny@2 is refused: its labels are no, yes; needed yes, no")
 
     run(scene())
 
@@ -235,12 +285,8 @@ def test_a_shadow_is_asked_beside_production_and_told_by_label() -> None:
     world = World()
 
     async def scene() -> None:
-        await world.follow(production="tiny@1", shadow="tiny@2")
-        await world.follow(production="tiny@1", shadow="tiny@2")
-        shadow = world.slot.shadow
-        assert shadow is not None
-        transport = httpx.ASGITransport(application(lambda: world.replica))
-        async with httpx.AsyncClient(transport=transport, base_url="http://in.process") as client:
+        shadow = await world.shadowed()
+        async with world.client() as client:
             for _ in range(3):
                 answer = await client.post("/", json={"inputs": ["a", "b"]})
                 assert (answer.headers["x-model-version"], answer.json()[0][0]["label"]) == ("tiny@1", "yes")
@@ -271,13 +317,9 @@ def test_requests_that_come_while_a_shadow_answers_are_passed_over() -> None:
     world = World()
 
     async def scene() -> None:
-        await world.follow(production="tiny@1", shadow="tiny@2")
-        await world.follow(production="tiny@1", shadow="tiny@2")
-        shadow = world.slot.shadow
-        assert shadow is not None
+        shadow = await world.shadowed()
         shadow._running = asyncio.get_running_loop().create_future()  # type: ignore[assignment]
-        transport = httpx.ASGITransport(application(lambda: world.replica))
-        async with httpx.AsyncClient(transport=transport, base_url="http://in.process") as client:
+        async with world.client() as client:
             assert (await client.post("/", json={"inputs": "a"})).status_code == 200
         assert (shadow.passed_over, shadow.rows.total()) == (1, 0)
 
@@ -289,8 +331,7 @@ def test_several_models_are_picked_by_name_and_a_request_has_to_name_one() -> No
 
     async def scene() -> None:
         await world.rollouts.follow({name: Rollout(production=f"{name}@1") for name in ("tiny", "other")})
-        transport = httpx.ASGITransport(application(lambda: world.replica))
-        async with httpx.AsyncClient(transport=transport, base_url="http://in.process") as client:
+        async with world.client() as client:
             for name in ("tiny", "other"):
                 answer = await client.post(f"/models/{name}", json={"inputs": "a"})
                 assert answer.headers["x-model-version"] == f"{name}@1"
@@ -320,10 +361,51 @@ def test_several_models_are_picked_by_name_and_a_request_has_to_name_one() -> No
             "found a share for the candidate; needed candidate",
         ),
         ({"tiny": {"production": "tiny@1", "canary": "tiny@2"}}, "unknown key 'canary'"),
+        (
+            {"tiny": {"production": "tiny@live"}},
+            "production: found 'tiny@live'; needed name@number",
+        ),
+        (["tiny@1"], "user_config: found ['tiny@1']; needed a rollout for each model"),
     ],
-    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
 def test_a_wrong_rollout_says_what_is_wrong(values: Any, why: str) -> None:
     with pytest.raises(ConfigError) as caught:
         rollouts(values, ["tiny"], "user_config")
     assert why in str(caught.value)
+
+
+def test_the_rollout_in_the_docs_is_one() -> None:
+    page = (Path(__file__).parents[2] / "docs/deploying.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (deployment,) = yaml.safe_load(block)["deployments"]
+    (plan,) = rollouts(deployment["user_config"], ["emotion"], "docs").values()
+    assert (plan.production, plan.share, plan.gate) == ("emotion@8", 0.1, Gate())
+
+
+def test_a_rollout_is_written_beside_all_that_is_deployed() -> None:
+    from banjoray.cluster.deploy import with_rollout
+
+    config = {"name": "a", "route_prefix": "/", "import_path": "x:y", "args": {"model": "tiny@1"}}
+    endpoint = {"name": "Endpoint", "num_replicas": 3, "user_config": {"other": {"production": "other@4"}}}
+    whole = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": 8123},
+        "grpc_options": None,
+        "target_capacity": 50.0,
+        "applications": {
+            "a": {"deployed_app_config": config | {"deployments": [{"name": "More"}, endpoint]}},
+            "b": {"deployed_app_config": config | {"name": "b", "route_prefix": "/b"}},
+            "by serve.run": {"deployed_app_config": None},
+        },
+    }
+    plan = Rollout(production="tiny@2", previous="tiny@1")
+    found = with_rollout(whole, "a", "tiny", plan).model_dump(exclude_unset=True)
+    assert [application["name"] for application in found["applications"]] == ["a", "b"]
+    assert (found["target_capacity"], found["http_options"]["port"]) == (50.0, 8123)
+    more, mine = found["applications"][0]["deployments"]
+    assert (more["name"], mine["num_replicas"]) == ("More", 3)
+    assert mine["user_config"] == {"other": {"production": "other@4"}, "tiny": plan.model_dump()}
+    assert "deployments" not in found["applications"][1]
+    # Where the file says nothing of the deployment, that is all that is said.
+    (alone,) = with_rollout(whole, "b", "tiny", plan).model_dump(exclude_unset=True)["applications"][1]["deployments"]
+    assert alone == {"name": "Endpoint", "user_config": {"tiny": plan.model_dump()}}

@@ -176,3 +176,17 @@ def test_the_dashboard_shows_every_metric_and_no_other(measured: set[str]) -> No
 def test_the_page_about_safety_tells_every_metric(measured: set[str]) -> None:
     page = (ROOT / "docs/safety.md").read_text(encoding="utf-8")
     assert set(re.findall(r"`(banjoray_\w+)`", page)) == measured
+
+
+def test_a_disk_without_room_for_the_log_is_no_reason_not_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115  closing it raises what it is here for
+    monkeypatch.setattr("sys.__stderr__", full)
+    endpoint(monkeypatch, Plain())
+
+    async def scene() -> list[int]:
+        async with client() as http:
+            return [(await http.post("/", json={"inputs": "a"})).status_code for _ in range(3)]
+
+    assert asyncio.run(scene()) == [200, 200, 200]
+    with pytest.raises(OSError, match="No space left"):
+        full.close()

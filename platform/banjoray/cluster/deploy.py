@@ -46,11 +46,10 @@ class Deployed:
 
 @dataclass(frozen=True)
 class Place:
-    """The application that serves a model in a running Ray: its name, what it serves, and everything deployed there."""
+    """The application that serves a model in a running Ray."""
 
     application: str
     config: ServeConfig
-    whole: Mapping[str, Any]
 
     def call(self, method: str, *args: Any, timeout_s: float = 600.0) -> list[Any]:
         """What a method of every running replica returns; raises ClusterError."""
@@ -84,14 +83,21 @@ class Place:
             )
         return found[0]
 
-    def follow(self, model: str, rollout: Rollout, timeout_s: float = 120.0) -> float:
+    def follow(self, model: str, rollout: Rollout, before: Held, timeout_s: float = 120.0) -> float:
         """Write a model's rollout into the deployment's user_config; seconds until every replica has followed it.
 
-        Raises ClusterError: one has not within ``timeout_s``, and why.
+        Raises ClusterError: replicas do not hold what they did ``before``; one has not followed within ``timeout_s``,
+        and why.
         """
         began = time.monotonic()
         client: Any = serve.context._get_global_client()  # noqa: SLF001
-        client.deploy_apps(_with(self.whole, self.application, {model: rollout.model_dump()}), _blocking=False)
+        # Read now: loading and comparing took time, in which others may have changed what is deployed.
+        whole = client.get_serve_details()
+        if (now := self.held(model)) != before:
+            raise ClusterError(
+                f"{model}: another change came first: replicas held {before} and now {now}; this one was not made"
+            )
+        client.deploy_apps(with_rollout(whole, self.application, model, rollout), _blocking=False)
         while True:
             count, found = self.settled(), [each[model] for each in self.call("held")]
             if len(found) == count and all(each["held"] == rollout.held for each in found):
@@ -120,7 +126,7 @@ def deploy(
         verdicts = _prepared(place, model, validate(Rollout, wanted, "rollout"))
         accepted = [wanted[each] for each in ("production", "candidate") if each in wanted]
         rollout = validate(Rollout, wanted | {"accepted": accepted}, "rollout")
-        return Deployed(model, rollout, before, tuple(verdicts), place.follow(model, rollout))
+        return Deployed(model, rollout, before, tuple(verdicts), place.follow(model, rollout, before))
 
 
 def rollback(model: str, where: tuple[str, str | None]) -> Deployed:
@@ -137,7 +143,7 @@ def rollback(model: str, where: tuple[str, str | None]) -> Deployed:
         else:
             raise ConfigError(f"{model}: {before['production']} is the first version here; deploy the one you need")
         rollout = validate(Rollout, wanted | {"accepted": [wanted["production"]]}, "rollout")
-        return Deployed(model, rollout, before, (), place.follow(model, rollout))
+        return Deployed(model, rollout, before, (), place.follow(model, rollout, before))
 
 
 def _wanted(before: Held, role: str, version: str) -> dict[str, Any]:
@@ -187,7 +193,7 @@ def _place(whole: Mapping[str, Any], model: str, application: str | None) -> Pla
             continue
         config = validate(ServeConfig, deployed["args"], f"application {name}: args")
         if model in (reference.partition("@")[0] for reference in config.references):
-            found.append(Place(name, config, whole))
+            found.append(Place(name, config))
     if not found:
         known = ", ".join(whole["applications"]) or "none"
         raise ConfigError(
@@ -198,19 +204,24 @@ def _place(whole: Mapping[str, Any], model: str, application: str | None) -> Pla
     return found[0]
 
 
-def _with(whole: Mapping[str, Any], application: str, changed: Mapping[str, Any]) -> ServeDeploySchema:
-    """What is deployed, with more in the user_config of one application's deployment."""
+def with_rollout(whole: Mapping[str, Any], application: str, model: str, rollout: Rollout) -> ServeDeploySchema:
+    """Everything that Serve tells to be deployed, with a model's rollout in an application's user_config.
+
+    Applications that no config file deployed (serve.run) are not Serve's to be told again, and stay.
+    """
     applications = []
     for name, details in whole["applications"].items():
+        if details.get("deployed_app_config") is None:
+            continue
         told: dict[str, Any] = dict(details["deployed_app_config"])
         if name == application:
             deployments: list[dict[str, Any]] = list(told.get("deployments") or ())
             usual: dict[str, Any] = {"name": DEPLOYMENT}
             mine = next((each for each in deployments if each["name"] == DEPLOYMENT), usual)
             others = [each for each in deployments if each is not mine]
-            told["deployments"] = [*others, mine | {"user_config": {**(mine.get("user_config") or {}), **changed}}]
+            user_config = {**(mine.get("user_config") or {}), model: rollout.model_dump()}
+            told["deployments"] = [*others, mine | {"user_config": user_config}]
         applications.append(told)
-    http = whole.get("http_options") or {}
-    return ServeDeploySchema.model_validate(
-        {"proxy_location": whole.get("proxy_location"), "http_options": http, "applications": applications}
-    )
+    kept = {key: whole[key] for key in ("proxy_location", "http_options", "grpc_options", "target_capacity")}
+    given = {key: value for key, value in kept.items() if value is not None}
+    return ServeDeploySchema.model_validate(given | {"applications": applications})

@@ -1,5 +1,6 @@
 """Which versions of a model answer: the value of the model's name in the ``user_config`` of a deployment."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
@@ -7,6 +8,8 @@ from pydantic import Field, model_validator
 
 from banjoray.config.section import Section, validate
 from banjoray.errors import ConfigError
+
+_VERSION = re.compile(r"[^@]+@[1-9][0-9]*")
 
 
 class Gate(Section):
@@ -43,6 +46,9 @@ class Rollout(Section):
             raise ValueError(f"traffic: found {self.traffic}; needed shares that are 1 together")
         if self.share and self.candidate is None:
             raise ValueError("traffic: found a share for the candidate; needed candidate, the version that gets it")
+        for role, reference in self.references.items():
+            if not _VERSION.fullmatch(reference):
+                raise ValueError(f"{role}: found {reference!r:.100}; needed name@number, since an alias moves")
         names = {reference.partition("@")[0] for reference in self.references.values()}
         if len(names) > 1:
             raise ValueError(f"found versions of {' and '.join(sorted(names))}; needed versions of one model")
@@ -66,13 +72,15 @@ class Rollout(Section):
         return self.references | ({"traffic": traffic} if self.candidate is not None else {})
 
 
-def rollouts(user_config: Mapping[str, Any], names: Iterable[str], origin: str) -> dict[str, Rollout]:
+def rollouts(user_config: object, names: Iterable[str], origin: str) -> dict[str, Rollout]:
     """Model -> its rollout, of those in a deployment's ``user_config``; ``names`` are the models that it serves.
 
     Raises ConfigError: a model that is not served, versions of another model, a wrong key or value.
     """
     known = sorted(names)
-    found = {}
+    found: dict[str, Rollout] = {}
+    if not isinstance(user_config, Mapping):
+        raise ConfigError(f"{origin}: found {user_config!r:.100}; needed a rollout for each model, by its name")
     for name, values in user_config.items():
         if name not in known:
             raise ConfigError(f"{origin}: found rollout of '{name}'; this application serves {', '.join(known)}")

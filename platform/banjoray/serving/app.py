@@ -70,7 +70,7 @@ class Endpoint:
             lambda candidate, live, gate: compared(candidate, live, probe_rows(live, candidate, config.registry), gate),
         )
 
-    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+    async def reconfigure(self, user_config: object) -> None:
         """Follow a deployment's ``user_config``; returns at once where requests are answered.
 
         One that is wrong is refused where there is something that answers: Serve would end a replica that raises.
@@ -82,7 +82,7 @@ class Endpoint:
                 raise
             self.replica.telemetry.told("user_config", str(error))
 
-    async def prepare(self, user_config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    async def prepare(self, user_config: object) -> list[dict[str, Any]]:
         """`Rollouts.prepare`, as plain values."""
         return [verdict.to_json() for verdict in await self._rollouts.prepare(self._plans(user_config))]
 
@@ -94,7 +94,7 @@ class Endpoint:
         """Of every model what is held for it, and what was refused since the last change and why."""
         return {name: {"held": slot.held, "refused": slot.refused} for name, slot in self.replica.slots.items()}
 
-    def _plans(self, user_config: Mapping[str, Any]) -> dict[str, Rollout]:
+    def _plans(self, user_config: object) -> dict[str, Rollout]:
         plain = {name: Rollout(production=version) for name, version in self._versions.items()}
         return plain | rollouts(user_config, self._versions, "user_config")
 
@@ -167,12 +167,7 @@ def read_config(file: str | Path, port: int | None) -> ServeDeploySchema:
         registry = args.registry if is_url(args.registry) else str(Path(args.registry).expanduser().absolute())
         for reference in args.references:
             check_kind(args.engine, args.precision, Registry(registry).resolve(reference).task)
-        for deployment in application.get("deployments") or ():
-            asked = deployment.get("user_config") or {} if isinstance(deployment, dict) else {}
-            names = [reference.partition("@")[0] for reference in args.references]
-            for plan in rollouts(asked, names, f"{file}: user_config").values():
-                for reference in plan.references.values():
-                    Registry(registry).resolve(reference)
+        _check_rollouts(application.get("deployments"), args, Registry(registry), f"{file}: user_config")
         keys = settled_keys(args.api_keys, str(http["host"]), f"{file}: args")
         application["args"] = args.model_dump() | {"registry": registry, "api_keys": keys}
     try:
@@ -180,6 +175,16 @@ def read_config(file: str | Path, port: int | None) -> ServeDeploySchema:
     except ValidationError as error:
         found = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
         raise ConfigError(f"{file}: not a Ray Serve config: {'; '.join(found)}") from None
+
+
+def _check_rollouts(deployments: object, args: ServeConfig, registry: Registry, where: str) -> None:
+    """Refuse a user_config that can't be followed; what is no list of deployments is for Serve's schema to refuse."""
+    names = [reference.partition("@")[0] for reference in args.references]
+    for deployment in deployments if isinstance(deployments, list) else ():
+        asked = deployment.get("user_config") if isinstance(deployment, dict) else None
+        for plan in rollouts({} if asked is None else asked, names, where).values():
+            for reference in plan.references.values():
+                registry.resolve(reference)
 
 
 def _check_port(host: str, port: int) -> None:

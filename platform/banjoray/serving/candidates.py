@@ -49,7 +49,7 @@ def compared(
 ) -> Verdict:
     """The verdict on a loaded version, by ``rows``: the probe rows of the one that answers."""
     verdict = Verdict(str(candidate.version), str(live.version))
-    if why := _unlike(candidate, live):
+    if why := unlike(candidate, live):
         return replace(verdict, why=why)
     mine, theirs = (_probe(engine, rows) for engine in (candidate, live))
     if mine is None or theirs is None:
@@ -89,10 +89,11 @@ def _probe(engine: Engine, rows: Split | None) -> Probe | None:
     return probe_for(rows, engine.task, engine.tokenizer, engine.model.config, engine.job)
 
 
-def _unlike(candidate: Engine, live: Engine) -> str:
-    """Why the two can't be asked the same, in words."""
-    if candidate.version.task != live.version.task:
-        return f"its task is {candidate.version.task}; needed {live.version.task}"
+def unlike(candidate: Engine, live: Engine) -> str:
+    """Why the two can't be asked the same, in words; empty: they can."""
+    mine, theirs = (f"{each.version.task} {each.task.problem_type or ''}".strip() for each in (candidate, live))
+    if mine != theirs:
+        return f"its task is {mine}; needed {theirs}"
     if tuple(candidate.labels) != tuple(live.labels):
         told = [", ".join(engine.labels) or "none" for engine in (candidate, live)]
         return f"its labels are {told[0]}; needed {told[1]}, in this order, which clients know"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from banjoray.config.rollout import Gate, Rollout
-from banjoray.serving.candidates import Verdict
+from banjoray.serving.candidates import Verdict, unlike
 from banjoray.serving.engine import Engine
 from banjoray.serving.replica import Replica, Slot
 from banjoray.serving.served import Served, silent
@@ -129,6 +129,8 @@ class Rollouts:
             except Exception as error:  # noqa: BLE001  the boundary to what answers, which no candidate may end
                 found.append(Verdict(reference, against, f"it can't be loaded ({type(error).__name__}: {error})"))
                 continue
+            if role == "shadow" and (why := unlike(served.engine, live.engine)):
+                found.append(Verdict(reference, against, why))
             if self._due(name, plan, role):
                 pair = (reference, against, plan.gate)
                 if pair not in self._verdicts:
@@ -140,7 +142,9 @@ class Rollouts:
         try:
             return await asyncio.to_thread(self._compare, served.engine, live.engine, gate)
         except Exception as error:  # noqa: BLE001  the boundary to what answers, which no candidate may end
-            why = f"it can't answer the probe rows ({type(error).__name__}: {error})"
+            # What the error says may hold texts of the rows.
+            self._replica.telemetry.broken(f"probe rows, {served.version}", error)
+            why = f"it can't answer the probe rows ({type(error).__name__}; the replica's log says where)"
             return Verdict(str(served.version), str(live.version), why)
 
     async def _loaded(self, reference: str) -> Served:

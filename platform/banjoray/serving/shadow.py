@@ -38,15 +38,15 @@ class Shadow:
 
     async def _compare(self, ask: Ask, answered: Answered) -> None:
         try:
-            mine = await self.served.beside(ask)
+            self._note(answered, await self.served.beside(ask))
         except RequestError:
             # Rows that this version can't take, a longer limit say, are a difference as well.
             self.failed += 1
-            return
         except Exception as error:  # noqa: BLE001  the boundary to the requests, none of which may end by a shadow
             self.failed += 1
             self._telemetry.broken(f"shadow {self.served.version}", error)
-            return
+
+    def _note(self, answered: Answered, mine: Answered) -> None:
         left, theirs = iter(mine.outputs), iter(answered.outputs)
         for row, other in zip(answered.rows, mine.rows, strict=True):
             wanted = [next(theirs) for _ in row]

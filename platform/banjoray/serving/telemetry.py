@@ -11,6 +11,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -93,14 +94,15 @@ class _Labelled:
 
 
 def _to_stderr(line: str) -> None:
-    """A line on the process's own stderr.
+    """A line on the process's own stderr; nowhere, where a full disk takes none: requests are answered all the same.
 
     In a replica ``sys.stderr`` and ``print`` are Serve's: they put words of theirs around a line, which is no JSON
     then.
     """
     assert sys.__stderr__ is not None
-    sys.__stderr__.write(f"{line}\n")
-    sys.__stderr__.flush()
+    with suppress(OSError):
+        sys.__stderr__.write(f"{line}\n")
+        sys.__stderr__.flush()
 
 
 class Telemetry:
