@@ -41,7 +41,7 @@ SETTINGS = {
     "litserve": f"LitServe, fp32, batches of up to {PEER_BATCH} within {1000 * PEER_WAIT_S:g} ms",
     "litserve_bf16": f"LitServe, bf16, batches of up to {PEER_BATCH} within {1000 * PEER_WAIT_S:g} ms",
 }
-PACKAGES = ("banjoray", "ray", "torch", "transformers", "onnxruntime", "litserve")
+PACKAGES = ("banjoray", "ray", "torch", "transformers", "onnxruntime")
 
 
 def main() -> int:
@@ -220,7 +220,9 @@ def compared(contenders: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
 
 def facts(options: argparse.Namespace, texts: Path) -> dict[str, Any]:
     """What was measured, on what, with which versions."""
-    return described("serve_throughput", options.name, texts) | {
+    told = described("serve_throughput", options.name, texts)
+    told["versions"] |= {"litserve": version("litserve")}
+    return told | {
         "rounds": options.rounds,
         "seconds": options.seconds,
         "settings": {"threads": 1, "replicas": 1, "concurrency": CONCURRENCY, "max_length": MAX_LENGTH},
