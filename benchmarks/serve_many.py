@@ -130,7 +130,7 @@ def served(folder: Path, engine: str, precision: str, together: bool) -> tuple[l
     from banjoray.training.preflight import prepare
 
     quiet_libraries()
-    limits = validate(ServeConfig, {"model": "a@1", "max_queued_rows": 10_000}, "args")
+    limits = validate(ServeConfig, {"model": "a@1", "latency_target_ms": 600_000}, "args")
     queue: Any = Queue(limits, Telemetry(limits, "", lambda: ()))
     # One thread makes the passes of all versions, whether they share any or not.
     thread = ThreadPoolExecutor(1)
