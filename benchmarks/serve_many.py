@@ -143,7 +143,7 @@ def served(folder: Path, engine: str, precision: str, together: bool) -> tuple[l
         read_first_only(model)
         tokenizer = ready.start.tokenizer
         found = ModelVersion(name, 1, job.task, (), {}, {"run": "none"}, {}, "", f"{number}" * 64, "")
-        models = Models(found, str(folder / "registry"), model, tokenizer)
+        models = Models(found, str(folder / "registry"), model, tokenizer, lambda: None)
         task = ready.task.for_config(model.config)
         plain.append(Engine(found, task, models.of(PLAIN), tokenizer, job))
         mine = Engine(found, task, models.of(Kind(engine, precision)), tokenizer, job)

@@ -1,14 +1,15 @@
 """Requests per second of one replica with one thread: banjoray beside a pipeline in Ray Serve and beside LitServe.
 
-    python -m benchmarks.serve_throughput [--texts texts.txt] [--rounds 3] [--seconds 5] [--only banjoray,litserve]
+    python -m benchmarks.serve_throughput [--registry FOLDER] [--texts texts.txt] [--rounds 3] [--seconds 5]
 
-The model is MiniLM, fine-tuned by the quickstart's job; texts are those of the sample set's test rows, or the lines of
-a file. Every contender runs in a process of its own, in turn, round after round; the client is another process, in a
-closed loop at concurrency 1 and 32, then at 32 with 5 % texts of 400 words among the short ones: p99_ms_mixed is what
-those do to the short ones. Speeds are told only if the contenders answer alike: one that gives another label
-than the checkpoint in fp32 (transformers alone, text by text) for more than half a per cent of the texts ends the
-script with exit code 1 and leaves no results file. Results go to benchmarks/results and, as one JSON line, to stdout;
-progress goes to stderr. Times of a machine that does other work are worth nothing; load_before says how busy it was.
+The model is MiniLM, fine-tuned by the quickstart's job, or emotion@1 of a registry; texts are those of the sample set's
+test rows, or the lines of a file. Every contender (`--only banjoray,litserve`: of these) runs in a process of its own,
+in turn, round after round; the client is another process, in a closed loop at concurrency 1 and 32, then at 32 with 5 %
+texts of 400 words among the short ones: p99_ms_mixed is what those do to the short ones. Speeds are told only if the
+contenders answer alike: one that gives another label than the checkpoint in fp32 (transformers alone, text by text) for
+more than half a per cent of the texts ends the script with exit code 1 and leaves no results file. Results go to
+benchmarks/results and, as one JSON line, to stdout; progress goes to stderr. Times of a machine that does other work
+are worth nothing; load_before says how busy it was.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         texts = texts_file(options, place)
-        registry = trained(place)
+        registry = Path(options.registry).absolute() if options.registry else trained(place)
         wanted = labels(registry / "emotion" / "1", texts)
         found = rounds(options, registry, texts, wanted)
         result = facts(options, texts)
@@ -79,6 +80,7 @@ def texts_file(options: argparse.Namespace, folder: Path) -> Path:
 def parsed() -> argparse.Namespace:
     """The options; ``only`` as the list of contenders that run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--registry", help="a folder with emotion@1; otherwise that is trained first")
     parser.add_argument("--texts", help="a file with a text per line")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each load")

@@ -15,8 +15,8 @@ from banjoray.errors import ConfigError
 from banjoray.models.readout import read_first_only
 from banjoray.registry import ModelVersion, Registry
 from banjoray.serving import engine as engines
+from banjoray.serving import int8, onnx
 from banjoray.serving import models as makers
-from banjoray.serving import onnx
 from banjoray.serving.choosing import PLAIN, Kind
 from banjoray.serving.engine import Engine, load
 from banjoray.serving.models import Models
@@ -64,7 +64,7 @@ class Made:
         self.tokenizer = self.ready.start.tokenizer
         self.task = self.ready.task.for_config(self.model.config).for_tokenizer(self.tokenizer)
         self.version = ModelVersion("m", 1, job.task, (), {}, {}, {}, "", "a" * 64, "")
-        self.models = Models(self.version, str(folder / "registry"), self.model, self.tokenizer)
+        self.models = Models(self.version, str(folder / "registry"), self.model, self.tokenizer, self.probe)
 
     def engine(self, kind: Kind) -> Engine:
         return Engine(self.version, self.task, self.models.of(kind), self.tokenizer, self.job)
@@ -188,12 +188,12 @@ def test_int8_that_disagrees_is_not_taken_and_the_reason_is_told(
     job, reference = shelved
     other = Made(tmp_path, make_job(tmp_path))
 
-    def broken(_: Path, file: Path) -> None:
+    def broken(_: Path, file: Path, __: Any) -> None:
         # The graph of a model that knows nothing of the version's labels.
         other.model.classifier.weight.data.uniform_(-1, 1)
         onnx.export(other.model, other.tokenizer, file)
 
-    monkeypatch.setattr(onnx, "to_int8", broken)
+    monkeypatch.setattr(int8, "to_int8", broken)
     monkeypatch.setattr(makers, "engine_cache", lambda *_: tmp_path)
     fast(monkeypatch, Kind("onnx", "int8"))
     found = load(reference, job.registry.root, "auto", "auto")

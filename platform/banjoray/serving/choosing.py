@@ -24,6 +24,8 @@ from banjoray.training.strategies import native_bf16
 
 NATIVE_ONNX = ("fp32", "int8")
 Named = TypeVar("Named", bound=Hashable)
+# Of the ways in which files are made of a version: with another number, those that were made before are not taken.
+RECIPE = 2
 # Rounds of timing, of which the fastest counts.
 ROUNDS = 2
 
@@ -195,7 +197,7 @@ def kept_choice(folder: Path, asked: Sequence[str], choose: Callable[[], Chosen]
 
 
 def _makers() -> list[str]:
-    found = []
+    found = [f"recipe {RECIPE}"]
     for package in ("banjoray", "torch", "transformers", "onnxruntime", "onnx"):
         try:
             found.append(f"{package} {installed(package)}")

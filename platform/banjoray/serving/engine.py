@@ -115,15 +115,16 @@ def load(reference: str, registry: str, engine: str = PLAIN.engine, precision: s
     task = task_for(version.task).settled(job)
     model, tokenizer = load_trained(folder, task)
     task = task.for_config(model.config).for_tokenizer(tokenizer)
-    models = Models(version, registry, model, tokenizer)
+    models = Models(
+        version, registry, model, tokenizer, lambda: probe_for(read_probe(folder), task, tokenizer, model.config, job)
+    )
     kinds = candidates(engine, precision, task.generates, models.device.type)
     if len(kinds) == 1:
         auto = engine == precision == "auto"
         why = "texts that a model writes have no labels to compare faster engines by" if auto else "asked for"
         chosen = Chosen(kinds[0].engine, kinds[0].precision, why)
     else:
-        probe = probe_for(read_probe(folder), task, tokenizer, model.config, job)
-        chosen = kept_choice(models.cache, [engine, precision], lambda: choose(models, kinds, probe))
+        chosen = kept_choice(models.cache, [engine, precision], lambda: choose(models, kinds))
     found = Engine(version, task, models.of(Kind(chosen.engine, chosen.precision)), tokenizer, job, chosen)
     found.forward([task.probe(tokenizer)])
     return found

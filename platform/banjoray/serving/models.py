@@ -1,7 +1,7 @@
 """The models of a version by engine and precision, each made when it is asked for, and which of them answers."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,23 @@ import torch
 
 from banjoray.errors import ConfigError
 from banjoray.registry import ModelVersion
-from banjoray.serving import onnx
+from banjoray.serving import int8, onnx
 from banjoray.serving.choosing import PLAIN, Chosen, Kind, engine_cache, fastest_that_agrees, kept_file, timed
 from banjoray.serving.probe import Probe
 from banjoray.training.strategies import DTYPES
 
 
 class Models:
-    """What a trained model, in fp32 and evaluation mode, is made into; files are kept in the version's engine cache."""
+    """What a trained model, in fp32 and evaluation mode, is made into; files are kept in the version's engine cache.
 
-    def __init__(self, version: ModelVersion, root: str, model: Any, tokenizer: Any) -> None:
+    ``probe`` gives the version's probe rows, if it has any; it is asked only where they are needed.
+    """
+
+    def __init__(
+        self, version: ModelVersion, root: str, model: Any, tokenizer: Any, probe: Callable[[], Probe | None]
+    ) -> None:
         self._version, self._root = version, root
+        self._probe = probe
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self.device)
         self._tokenizer = tokenizer
@@ -29,6 +35,11 @@ class Models:
     def cache(self) -> Path:
         """The folder that holds what is made of the version."""
         return engine_cache(self._root, self._version)
+
+    @cached_property
+    def probe(self) -> Probe | None:
+        """The probe rows, tokenised; None for a version without."""
+        return self._probe()
 
     def of(self, kind: Kind) -> Any:
         """The model of a kind, on its device; raises ConfigError: it can't be made, and why."""
@@ -48,15 +59,19 @@ class Models:
         plain = kept_file(self.cache / "fp32.onnx", lambda file: onnx.export(self._model, self._tokenizer, file))
         if precision == "fp32":
             return plain
-        return kept_file(self.cache / "int8.onnx", lambda file: onnx.to_int8(plain, file))
+        return kept_file(
+            self.cache / "int8.onnx",
+            lambda file: int8.to_int8(plain, file, self.probe.outputs if self.probe is not None else None),
+        )
 
 
-def choose(models: Models, kinds: Sequence[Kind], probe: Probe | None) -> Chosen:
+def choose(models: Models, kinds: Sequence[Kind]) -> Chosen:
     """The kind that answers: of one, that; of several, the fastest that agrees on the probe rows.
 
     Without probe rows it is fp32, of torch where that is among ``kinds``. Raises ConfigError: none can be made, or none
     agrees.
     """
+    probe = models.probe
     if probe is None:
         safe = next(kind for kind in kinds if kind.precision == PLAIN.precision)
         return Chosen(safe.engine, safe.precision, "the version has no probe rows to compare faster engines by")
