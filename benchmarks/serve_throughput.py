@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
 from benchmarks.serve_contenders import CONTENDERS, MAX_LENGTH, PEER_BATCH, PEER_WAIT_S
 from benchmarks.train_throughput import machine
 
@@ -53,9 +54,11 @@ def main() -> int:
         texts = texts_file(options, place)
         registry = Path(options.registry).absolute() if options.registry else trained(place)
         wanted = labels(registry / "emotion" / "1", texts)
-        found = rounds(options, registry, texts, wanted)
+        found, engine = rounds(options, registry, texts, wanted)
         result = facts(options, texts)
     contenders = {name: summary(told) | {"settings": SETTINGS[name]} for name, told in found.items()}
+    if engine:
+        contenders["banjoray"] |= {"settings": SETTINGS["banjoray"].replace("auto", f"auto, here {engine}")}
     agrees = all(told["same_labels"] >= SAME for told in contenders.values())
     result |= {"contenders": compared(contenders), "agrees": agrees}
     return written(result, options, agrees)
@@ -137,8 +140,12 @@ def labels(folder: Path, texts: Path) -> list[str]:
 
 def rounds(
     options: argparse.Namespace, registry: Path, texts: Path, wanted: list[str]
-) -> dict[str, list[dict[str, float]]]:
-    """What every contender gave in every round; asking every text once comes first, and warms it up."""
+) -> tuple[dict[str, list[dict[str, float]]], str]:
+    """What every contender gave in every round, and the engine that banjoray chose.
+
+    Asking every text once comes first, and warms a contender up.
+    """
+    engine: dict[str, Any] = {}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
     for number in range(1, options.rounds + 1):
         for name in options.only:
@@ -148,6 +155,9 @@ def rounds(
             case["args"] = {"latency_target_ms": 60_000}
             with server(case | {"port": port}):
                 given = loaded(port, texts, 8, 0)["labels"]
+                if name == "banjoray":
+                    engine = httpx.get(f"http://127.0.0.1:{port}/").json()["engine"]
+                    print(f"engine  {engine}", file=sys.stderr)
                 told = {"same_labels": statistics.mean(a == b for a, b in zip(given, wanted, strict=True))}
                 for connections in CONCURRENCY:
                     one = loaded(port, texts, connections, options.seconds)
@@ -155,7 +165,7 @@ def rounds(
                 told["p99_ms_mixed"] = loaded(port, texts, CONCURRENCY[-1], options.seconds, long=True)["p99_ms"]
             print(f"round {number}  {name}  {told}", file=sys.stderr)
             found[name].append(told)
-    return found
+    return found, f"{engine['engine']} {engine['precision']}" if engine else ""
 
 
 @contextmanager

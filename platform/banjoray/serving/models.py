@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from banjoray.errors import ConfigError
+from banjoray.models.packed import pack
 from banjoray.registry import ModelVersion
 from banjoray.serving import int8, onnx
 from banjoray.serving.choosing import PLAIN, Chosen, Kind, engine_cache, fastest_that_agrees, kept_file, timed
@@ -46,7 +47,10 @@ class Models:
         if kind == PLAIN:
             return self._model
         if kind.engine == "torch":
-            return copy.deepcopy(self._model).to(DTYPES[kind.precision])
+            short = copy.deepcopy(self._model).to(DTYPES[kind.precision])
+            if kind.precision == "bf16" and self.device.type == "cpu":
+                pack(short, DTYPES[kind.precision])
+            return short
         if missing := onnx.missing_packages():
             raise ConfigError(f"onnx: {missing}")
         try:

@@ -1,0 +1,62 @@
+"""Linear layers whose weights stand as the processor's products read them.
+
+Products in bf16 on a CPU (oneDNN) bring the weights into an order of their own at every call, which takes a quarter of
+a pass over one short text. Here that is done once per weight, at the first pass, and kept beside it: the weights of
+these layers take twice the memory, as in fp32.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer that no gradient is asked of, for weights that stay as they are at the first pass."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., out features) of (..., in features)."""
+        if torch.is_grad_enabled():
+            return super().forward(states)
+        return _product(states, _packed(self.weight), self.bias)
+
+
+def pack(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have a model's linear layers, of ``dtype`` on the CPU, use packed weights, in place.
+
+    Layers of other classes (GPT-2's) stay as they are, and all do on a torch or a processor without such products.
+    """
+    if not able(dtype):
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            # Only the product changes: hooks, weights and whoever holds the layer stay.
+            module.__class__ = PackedLinear
+
+
+@cache
+def able(dtype: torch.dtype) -> bool:
+    """Whether there are products with packed weights here, tried on a few numbers."""
+    states, weight = (torch.linspace(-1, 1, 8 * rows).reshape(rows, 8).to(dtype) for rows in (3, 5))
+    try:
+        with torch.inference_mode():
+            found = _product(states, _packed(weight), None)
+    except (AttributeError, TypeError, RuntimeError):
+        # Both are parts of torch that its own compiler uses, and no others are promised them.
+        return False
+    return torch.allclose(found.float(), linear(states.float(), weight.float()), rtol=2e-2, atol=2e-2)
+
+
+def _packed(weight: Any) -> Tensor:
+    """The weight in the products' order; made once, also where several models hold the same weight."""
+    if not hasattr(weight, "packed"):
+        weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)  # noqa: SLF001  see `able`
+    found: Tensor = weight.packed
+    return found
+
+
+def _product(states: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(states, packed, bias, "none", [], "")  # noqa: SLF001  see `able`
+    return found
