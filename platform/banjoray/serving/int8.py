@@ -104,7 +104,8 @@ def largest(model: Any, passes: Passes) -> dict[str, np.ndarray]:
     names = sorted({product.given for product in products(model.graph)})
     shown = ModelProto()
     shown.CopyFrom(model)
-    shown.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+    known = {output.name for output in shown.graph.output}
+    shown.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in known)
     session = OnnxModel(shown.SerializeToString(), None, torch.get_num_threads())
     found: dict[str, np.ndarray] = {}
 
