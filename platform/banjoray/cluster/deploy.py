@@ -52,7 +52,7 @@ class Place:
     config: ServeConfig
 
     def call(self, method: str, *args: Any, timeout_s: float = 600.0) -> list[Any]:
-        """What a method of every running replica returns; raises ClusterError."""
+        """What a method of every running replica returns; raises ClusterError, also where they are scaled to zero."""
         handle = serve.get_deployment_handle(DEPLOYMENT, self.application)
         until = time.monotonic() + timeout_s
         while True:
@@ -61,17 +61,24 @@ class Place:
                 return found
             except serve.exceptions.DeploymentUnavailableError:
                 # None is running for the moment in which the only one is told its user_config.
+                where = f"application {self.application}: no replica is running"
+                if not self.states():
+                    raise ClusterError(f"{where}, it is scaled to zero; send it a request, and try again") from None
                 if time.monotonic() > until:
-                    raise ClusterError(f"application {self.application}: no replica is running") from None
+                    raise ClusterError(where) from None
                 time.sleep(PAUSE_S)
             except (ray.exceptions.RayError, TimeoutError, serve.exceptions.RayServeException) as error:
                 where = f"application {self.application}"
                 raise ClusterError(f"{where}: {method} did not end in every replica: {error}") from None
 
+    def states(self) -> dict[str, int]:
+        """How many replicas there are in each of Serve's states that any is in."""
+        deployment = serve.status().applications[self.application].deployments[DEPLOYMENT]
+        return {str(state): count for state, count in deployment.replica_states.items() if count}
+
     def settled(self) -> int | None:
         """How many replicas there are, all of which run; None while Serve still changes some."""
-        deployment = serve.status().applications[self.application].deployments[DEPLOYMENT]
-        states = {str(state): count for state, count in deployment.replica_states.items() if count}
+        states = self.states()
         return states["RUNNING"] if list(states) == ["RUNNING"] else None
 
     def held(self, model: str) -> Held:
