@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from benchmarks.serve_throughput import described, free_port, loaded, run, server, texts_file, trained, written
+from benchmarks.serve_throughput import described, free_port, loaded, registry_of, run, server, texts_file, written
 
 CLIENTS, WARMUP_S = 32, 5.0
 AFTER_S = 5.0
@@ -30,7 +30,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         texts = texts_file(options, place)
-        registry = Path(options.registry).absolute() if options.registry else trained(place)
+        registry = registry_of(options, place)
         result = described("serve_overload", options.name, texts) | overload(options, registry, texts)
     return written(result, options, result["holds"])
 

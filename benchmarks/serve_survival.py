@@ -32,6 +32,7 @@ from benchmarks.serve_throughput import (
     free_port,
     labels,
     loaded,
+    registry_of,
     run,
     server,
     texts_file,
@@ -53,7 +54,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         texts, wanted = texts_file(options, place), place / "labels.json"
-        registry = Path(options.registry).absolute() if options.registry else trained(place)
+        registry = registry_of(options, place)
         if options.swaps and not (registry / "emotion" / "2").exists():
             trained(place, "train.seed=1")
         known = {f"emotion@{path.name}": labels(path, texts) for path in (registry / "emotion").glob("[12]")}

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import socket
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ from benchmarks.serve_contenders import CONTENDERS, MAX_LENGTH, PEER_BATCH, PEER
 from benchmarks.train_throughput import machine
 
 from banjoray.data.sources import SHIPPED
+from banjoray.registry import Registry
 
 ROOT = Path(__file__).parents[1]
 CONCURRENCY = (1, 32)
@@ -52,13 +54,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         texts = texts_file(options, place)
-        registry = Path(options.registry).absolute() if options.registry else trained(place)
+        registry = registry_of(options, place)
         wanted = labels(registry / "emotion" / "1", texts)
         found, engine = rounds(options, registry, texts, wanted)
-        result = facts(options, texts)
+        result = facts(options, texts) | {"version": version_of(registry), "engine": engine}
     contenders = {name: summary(told) | {"settings": SETTINGS[name]} for name, told in found.items()}
     if engine:
-        contenders["banjoray"] |= {"settings": SETTINGS["banjoray"].replace("auto", f"auto, here {engine}")}
+        chosen = f"auto, here {engine['engine']} {engine['precision']}"
+        contenders["banjoray"] |= {"settings": SETTINGS["banjoray"].replace("auto", chosen)}
     agrees = all(told["same_labels"] >= SAME for told in contenders.values())
     result |= {"contenders": compared(contenders), "agrees": agrees}
     return written(result, options, agrees)
@@ -108,6 +111,19 @@ def read_texts(file: str | None) -> list[str]:
     return [json.loads(line)["text"] for line in lines if line]
 
 
+def registry_of(options: argparse.Namespace, folder: Path) -> Path:
+    """A registry in a folder: a copy of the one that was named, without what was chosen on other days, or a new one."""
+    if not options.registry:
+        return trained(folder)
+    return Path(shutil.copytree(options.registry, folder / "registry", ignore=shutil.ignore_patterns(".engines")))
+
+
+def version_of(registry: Path) -> dict[str, Any]:
+    """What a registry's manifest says of emotion@1: which model was served."""
+    found = Registry(str(registry)).resolve("emotion@1")
+    return {"digest": found.digest, "metrics": dict(found.metrics), "lineage": dict(found.lineage)}
+
+
 def trained(folder: Path, *changes: str) -> Path:
     """A registry with emotion@1, or the next version, from the quickstart's job with one worker."""
     registry = folder / "registry"
@@ -140,8 +156,8 @@ def labels(folder: Path, texts: Path) -> list[str]:
 
 def rounds(
     options: argparse.Namespace, registry: Path, texts: Path, wanted: list[str]
-) -> tuple[dict[str, list[dict[str, float]]], str]:
-    """What every contender gave in every round, and the engine that banjoray chose.
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, Any]]:
+    """What every contender gave in every round, and what banjoray said of the engine that it chose.
 
     Asking every text once comes first, and warms a contender up.
     """
@@ -165,7 +181,7 @@ def rounds(
                 told["p99_ms_mixed"] = loaded(port, texts, CONCURRENCY[-1], options.seconds, long=True)["p99_ms"]
             print(f"round {number}  {name}  {told}", file=sys.stderr)
             found[name].append(told)
-    return found, f"{engine['engine']} {engine['precision']}" if engine else ""
+    return found, engine
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from banjoray.config.section import validate
 from banjoray.config.serve import ServeConfig
 from banjoray.errors import ClusterError
 from banjoray.serving.app import serving
+from ray import serve
 from serve.trained import Shelf, free_port, stock
 
 ZERO = {
@@ -36,6 +37,11 @@ def scaled(shelf: Shelf) -> Path:
     return file
 
 
+def running() -> int:
+    """How many replicas there are, whatever their state."""
+    return sum(serve.status().applications["tiny"].deployments["Endpoint"].replica_states.values())
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_the_last_replica_goes_and_comes_back_with_the_next_request(
     tmp_path: Path, lively_job: Callable[..., JobConfig]
@@ -46,12 +52,16 @@ def test_the_last_replica_goes_and_comes_back_with_the_next_request(
         before = httpx.post(url, json=asked, timeout=60)
         assert before.status_code == 200
         place = Place("tiny", validate(ServeConfig, {"model": "tiny@1"}, "args"))
+        assert place.wanted() == 1
         until = time.monotonic() + 60
-        while place.states() and time.monotonic() < until:
+        while running() and time.monotonic() < until:
             time.sleep(0.1)
-        assert place.states() == {}
+        assert running() == 0
+        assert place.wanted() == 0
         with pytest.raises(ClusterError, match="no replica is running, it is scaled to zero; send it a request"):
             deploy("tiny@2", "production", {}, ("auto", None), lambda _: None)
         again = httpx.post(url, json=asked, timeout=120)
         assert (again.status_code, again.json()) == (200, before.json())
         assert place.settled() == 1
+        with pytest.raises(ClusterError, match="application other: it is not deployed any more"):
+            Place("other", place.config).wanted()

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnx import load as load_graph
 
 from banjoray.config.job import JobConfig
 from banjoray.data.probe import FILE, read_probe, write_probe
 from banjoray.data.tokens import tokenise
 from banjoray.errors import ConfigError
+from banjoray.models.packed import PackedLinear
 from banjoray.models.readout import read_first_only
 from banjoray.registry import ModelVersion, Registry
 from banjoray.serving import engine as engines
@@ -22,6 +24,7 @@ from banjoray.serving.engine import Engine, load
 from banjoray.serving.models import Models
 from banjoray.serving.probe import Probe, probe_for
 from banjoray.training.preflight import Ready, prepare
+from banjoray.training.strategies import native_bf16
 from engines import ask, registered
 from factories import make_job, sample_rows
 from masked import masked_job
@@ -112,8 +115,33 @@ def test_the_graph_in_int8_runs_and_is_near(made: tuple[Made, Any]) -> None:
     apart = max(float(np.abs(a - b).max()) for a, b in zip(short, plain, strict=True))
     size = max(float(np.abs(a).max()) for a in plain)
     assert 0 < apart < 0.2 * max(1.0, size)
+    names = [node.name for node in load_graph(found.models.cache / "int8.onnx").graph.node]
+    # By what the probe rows show.
+    assert any(name.endswith("/even") for name in names)
     files = {path.name for path in found.models.cache.iterdir()}
     assert {"fp32.onnx", "fp32.onnx.sha256", "int8.onnx", "int8.onnx.sha256"} <= files
+
+
+def test_bf16_on_a_cpu_that_has_it_is_packed(made: tuple[Made, Any]) -> None:
+    if not native_bf16("cpu"):
+        pytest.skip("this processor has no bf16")
+    model = made[0].models.of(Kind("torch", "bf16"))
+    assert {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)} == {PackedLinear}
+
+
+def test_int8_that_cannot_be_made_leaves_the_others_and_the_reason(
+    shelved: tuple[JobConfig, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job, reference = shelved
+
+    def broken(*_: object) -> Any:
+        raise RuntimeError("no such node")
+
+    monkeypatch.setattr(int8, "largest", broken)
+    monkeypatch.setattr(makers, "engine_cache", lambda *_: tmp_path)
+    found = load(reference, job.registry.root, "auto", "auto")
+    assert found.chosen.precision != "int8"
+    assert "onnx int8: onnx: the graph can't be made int8 (RuntimeError: no such node)" in found.chosen.why
 
 
 def test_a_probe_is_the_rows_of_validation_as_the_task_reads_them(made: tuple[Made, Any]) -> None:

@@ -62,7 +62,7 @@ class Place:
             except serve.exceptions.DeploymentUnavailableError:
                 # None is running for the moment in which the only one is told its user_config.
                 where = f"application {self.application}: no replica is running"
-                if not self.states():
+                if not self.wanted():
                     raise ClusterError(f"{where}, it is scaled to zero; send it a request, and try again") from None
                 if time.monotonic() > until:
                     raise ClusterError(where) from None
@@ -71,14 +71,19 @@ class Place:
                 where = f"application {self.application}"
                 raise ClusterError(f"{where}: {method} did not end in every replica: {error}") from None
 
-    def states(self) -> dict[str, int]:
-        """How many replicas there are in each of Serve's states that any is in."""
-        deployment = serve.status().applications[self.application].deployments[DEPLOYMENT]
-        return {str(state): count for state, count in deployment.replica_states.items() if count}
+    def wanted(self) -> int:
+        """How many replicas Serve wants there to be; raises ClusterError: the application is gone."""
+        client: Any = serve.context._get_global_client()  # noqa: SLF001
+        application = client.get_serve_details()["applications"].get(self.application)
+        if application is None or DEPLOYMENT not in application["deployments"]:
+            raise ClusterError(f"application {self.application}: it is not deployed any more")
+        count: int = application["deployments"][DEPLOYMENT]["target_num_replicas"]
+        return count
 
     def settled(self) -> int | None:
         """How many replicas there are, all of which run; None while Serve still changes some."""
-        states = self.states()
+        deployment = serve.status().applications[self.application].deployments[DEPLOYMENT]
+        states = {str(state): count for state, count in deployment.replica_states.items() if count}
         return states["RUNNING"] if list(states) == ["RUNNING"] else None
 
     def held(self, model: str) -> Held:

@@ -14,7 +14,10 @@ from torch.nn.functional import linear
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that no gradient is asked of, for weights that stay as they are at the first pass."""
+    """A linear layer that multiplies by a packed copy of its weight wherever gradients are off.
+
+    The copy is made at the first such pass: the weight must not change, or be cast, after it.
+    """
 
     def forward(self, states: Tensor) -> Tensor:
         """(..., out features) of (..., in features)."""

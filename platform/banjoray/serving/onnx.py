@@ -28,7 +28,7 @@ NEAR = 1e-3
 class OnnxModel:
     """A session of ONNX Runtime that is called as the model is: tensors by name in, outputs by name out."""
 
-    def __init__(self, graph: Path | bytes, config: Any, threads: int) -> None:
+    def __init__(self, file: Path, config: Any, threads: int) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -37,9 +37,7 @@ class OnnxModel:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         self.config = config
-        self._session = onnxruntime.InferenceSession(
-            graph if isinstance(graph, bytes) else str(graph), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         self._inputs = [found.name for found in self._session.get_inputs()]
         self._outputs = [found.name for found in self._session.get_outputs()]
 
