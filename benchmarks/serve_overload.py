@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from benchmarks.serve_throughput import described, free_port, loaded, registry_of, run, server, texts_file, written
+from benchmarks.serve_throughput import (
+    described,
+    free_port,
+    loaded,
+    registry_of,
+    run,
+    server,
+    texts_file,
+    version_of,
+    written,
+)
 
 CLIENTS, WARMUP_S = 32, 5.0
 AFTER_S = 5.0
@@ -31,7 +41,8 @@ def main() -> int:
         place = Path(folder)
         texts = texts_file(options, place)
         registry = registry_of(options, place)
-        result = described("serve_overload", options.name, texts) | overload(options, registry, texts)
+        result = described("serve_overload", options.name, texts) | {"version": version_of(registry)}
+        result |= overload(options, registry, texts)
     return written(result, options, result["holds"])
 
 

@@ -37,6 +37,7 @@ from benchmarks.serve_throughput import (
     server,
     texts_file,
     trained,
+    version_of,
     written,
 )
 
@@ -59,7 +60,8 @@ def main() -> int:
             trained(place, "train.seed=1")
         known = {f"emotion@{path.name}": labels(path, texts) for path in (registry / "emotion").glob("[12]")}
         wanted.write_text(json.dumps(known), encoding="utf-8")
-        result = described("serve_survival", options.name, texts) | survival(options, registry, texts, wanted)
+        result = described("serve_survival", options.name, texts) | {"version": version_of(registry)}
+        result |= survival(options, registry, texts, wanted)
     return written(result, options, result["holds"])
 
 

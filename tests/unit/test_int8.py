@@ -156,3 +156,13 @@ def test_a_graph_that_cannot_be_made_int8_is_refused_with_the_reason(tmp_path: P
 
     with pytest.raises(ConfigError, match=r"the graph can't be made int8 \(RuntimeError: no rows today\)"):
         to_int8(tmp_path / "graph.onnx", tmp_path / "int8.onnx", failing)
+
+
+def test_a_graph_of_heads_alone_stays_in_fp32(tmp_path: Path) -> None:
+    model = graph()
+    del model.graph.node[:3]
+    model.graph.node[0].input[0] = "x"
+    del model.graph.output[0]
+    onnx.save(model, tmp_path / "graph.onnx")
+    with pytest.raises(ConfigError, match="it has no products but heads"):
+        to_int8(tmp_path / "graph.onnx", tmp_path / "int8.onnx", None)

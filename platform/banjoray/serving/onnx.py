@@ -65,6 +65,12 @@ def missing_packages() -> str:
     return f"{', '.join(missing)} not installed (pip install 'banjoray[onnx]')" if missing else ""
 
 
+def failed(what: str, error: Exception) -> ConfigError:
+    """What can't be done with a graph, and the first line of what ONNX or its runtime said."""
+    told = str(error).strip().splitlines() or [""]
+    return ConfigError(f"onnx: {what} ({type(error).__name__}: {told[0]})")
+
+
 class _Flat(nn.Module):
     """A model with its inputs and outputs in a row, as a graph has them."""
 
@@ -103,10 +109,7 @@ def export(model: Any, tokenizer: Any, file: Path) -> None:
         )
         made = OnnxModel(file, model.config, torch.get_num_threads())
     except Exception as error:  # noqa: BLE001  the exporter and the runtime raise whatever a model's code makes them raise
-        told = str(error).strip().splitlines() or [""]
-        raise ConfigError(
-            f"onnx: {type(model).__name__} can't be exported ({type(error).__name__}: {told[0]})"
-        ) from None
+        raise failed(f"{type(model).__name__} can't be exported", error) from None
     check(model, made, names, outputs)
 
 
