@@ -56,7 +56,7 @@ def main() -> int:
         place = Path(folder)
         texts, wanted = texts_file(options, place), place / "labels.json"
         registry = registry_of(options, place)
-        if options.swaps and not (registry / "emotion" / "2").exists():
+        if options.swaps and not options.registry:
             trained(place, "train.seed=1")
         known = {f"emotion@{path.name}": labels(path, texts) for path in (registry / "emotion").glob("[12]")}
         wanted.write_text(json.dumps(known), encoding="utf-8")
@@ -75,7 +75,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--swaps", type=int, default=2)
     parser.add_argument("--name", default="sample", help="what the results call the texts")
     parser.add_argument("--dry", action="store_true", help="write no results file")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.registry and options.swaps and not Path(options.registry, "emotion", "2").exists():
+        parser.error("--registry: no emotion@2 to swap with; add one that is not worse, or --swaps 0")
+    return options
 
 
 def survival(options: argparse.Namespace, registry: Path, texts: Path, wanted: Path) -> dict[str, Any]:
