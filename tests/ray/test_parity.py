@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from banjoray.config.job import JobConfig
+from banjoray.errors import TrainingFailed
 from banjoray.training.checkpoints import Checkpoint, Store
 from banjoray.training.export import export
 from banjoray.training.learned import ROWS
+from banjoray.training.parallel import DataParallel
 from banjoray.training.preflight import prepare
 from launched import Attempt, Launch, Told
 
@@ -31,8 +33,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "narrow": {},
     "cached": {"freeze": {"layers": 2}, "cache__prefix": "always"},
 }
+OTHERS: dict[str, dict[str, Any]] = {"offloaded": {"scale__offload": "cpu"}, "sockets": {}}
 CASES = (
     *(f"{strategy}-{variant}" for strategy in STRATEGIES for variant in VARIANTS),
+    "ddp-sockets",
     "zero0-plain",
     "zero0-accumulated",
     "zero2-offloaded",
@@ -81,7 +85,7 @@ def outcome(
 
     def job(name: str, workers: int = 2) -> JobConfig:
         strategy, _, variant = name.partition("-")
-        changes = VARIANTS.get(variant, {"scale__offload": "cpu"})
+        changes = (VARIANTS | OTHERS)[variant]
         # The best checkpoint by loss: two scores that agree in F1 could still name different checkpoints.
         best: dict[str, Any] = {"train__metric": "loss", "train__mode": "min"}
         return lively_job(folder, scale__workers=workers, scale__strategy=strategy, **best, **changes)
@@ -90,7 +94,8 @@ def outcome(
         # Whole word tables but in the variant that is about them.
         share = 0.8 if name.endswith("-narrow") else 0.0
         run = folder / "runs" / f"{name}-{workers}"
-        return {"name": name, "job": job(name, workers), "run": run, "largest_share": share}
+        case = {"name": name, "job": job(name, workers), "run": run, "largest_share": share}
+        return case | ({"memory": str(folder / "none")} if name.endswith("-sockets") else {})
 
     return Outcome(
         launch(folder / "alone", [case(1, f"ddp-{variant}") for variant in VARIANTS]),
@@ -102,7 +107,7 @@ def outcome(
 
 
 def _alone(case: str) -> str:
-    """One worker's case that a case of two is compared with: offloading changes nothing for it."""
+    """One worker's case that a case of two is compared with: offloading and the way to others change nothing for it."""
     variant = case.partition("-")[2]
     return f"ddp-{variant if variant in VARIANTS else 'plain'}"
 
@@ -230,6 +235,27 @@ def test_ddp_on_two_workers_is_distributed_data_parallel(outcome: Outcome, varia
     for told in outcome.ranks(f"ddp-{variant}"):
         assert told.seen["wrapped"] == "torch.nn.parallel.distributed.DistributedDataParallel"
         assert told.seen["workers"] == 2
+
+
+def test_workers_that_accelerate_does_not_see_as_one_group_do_not_train_apart(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lively_model: Callable[..., Path],
+    lively_job: Callable[..., JobConfig],
+) -> None:
+    lively_model(tmp_path / "base")
+    job = lively_job(tmp_path)
+    model = prepare(job).start.model(print)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(TrainingFailed, match="2 workers are in one process group, but Accelerate sees 1"):
+        DataParallel(job, model, "fp32", cuda=False)
+
+
+def test_gradients_through_memory_and_through_sockets_are_the_same(outcome: Outcome) -> None:
+    memory, sockets = (outcome.ranks(f"ddp-{variant}")[0] for variant in ("plain", "sockets"))
+    assert (memory.seen["hook"], sockets.seen["hook"]) == ("averaged", "")
+    assert _different(memory.weights, sockets.weights) == []
 
 
 @pytest.mark.parametrize("case", cases_of("fsdp"))

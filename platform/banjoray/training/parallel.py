@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from banjoray.config.job import JobConfig
-from banjoray.errors import ModelError
+from banjoray.errors import ModelError, TrainingFailed
 from banjoray.models.blocks import find_blocks
 from banjoray.training.optimizer import (
     MOMENTS,
@@ -18,6 +18,7 @@ from banjoray.training.optimizer import (
     restore_plain_moments,
     set_rate,
 )
+from banjoray.training.shared_memory import SharedAverage, averaged
 from banjoray.training.strategies import DTYPES, Forward, Precision
 
 # Dynamic loss scaling of fp16, as torch.amp.GradScaler: where it starts, and after how many good steps it doubles.
@@ -35,19 +36,37 @@ class DataParallel:
         self._accelerator = Accelerator(cpu=not cuda, kwargs_handlers=[options])
         self.rank = self._accelerator.process_index
         self.workers = self._accelerator.num_processes
+        if torch.distributed.is_initialized() and self.workers != torch.distributed.get_world_size():
+            raise TrainingFailed(
+                f"{torch.distributed.get_world_size()} workers are in one process group, but Accelerate sees "
+                f"{self.workers}, so they would train apart; set RANK and WORLD_SIZE where the group is made"
+            )
         self.device = self._accelerator.device
         self._dtype = DTYPES.get(precision)
         self._max_norm = job.train.max_grad_norm
         self.module = model.to(self.device)
         self._optimizer = adamw(job, model)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        wrapped: nn.Module = self._accelerator.prepare_model(model) if self.workers > 1 else model
+        wrapped = self._wrap(model, options) if self.workers > 1 else model
         compiled = job.train.torch_compile == "on"
         self._wrapped: nn.Module = torch.compile(wrapped, dynamic=True) if compiled else wrapped  # type: ignore[assignment]
         # fp16 gradients fall below its smallest number unless the loss is scaled up first.
         scale = FIRST_SCALE if precision == "fp16" else 1.0
         self._scale = torch.tensor(scale, device=self.device) if scale != 1 else None
         self._held = torch.zeros((), dtype=torch.int32, device=self.device)
+
+    def _wrap(self, model: nn.Module, options: Any) -> nn.Module:
+        """DDP, by Accelerate; workers on the CPUs of one host share memory instead of sockets."""
+        cells = sum(parameter.numel() for parameter in self._trained)
+        shared = SharedAverage.among_workers(cells) if self.device.type == "cpu" else None
+        if shared:
+            # Averaged at once, when all are there: no core is free to do it beside the backward pass.
+            options.bucket_cap_mb = cells * 4 // 2**20 + 1
+        wrapped: Any = self._accelerator.prepare_model(model)
+        if shared:
+            wrapped.register_comm_hook(shared, averaged)
+        found: nn.Module = wrapped
+        return found
 
     def gradients(self, forward: Forward, last: bool) -> Tensor:
         """See `Strategy`; gradients travel between workers with the last microbatch only."""
