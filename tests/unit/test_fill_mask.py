@@ -23,6 +23,7 @@ from banjoray.registry import ModelVersion, Registry
 from banjoray.tasks.fill_mask import FillMask
 from banjoray.tasks.task import check_metrics
 from banjoray.training.checkpoints import Store
+from banjoray.training.clock import Clock
 from banjoray.training.compatibility import check
 from banjoray.training.interface import Callbacks
 from banjoray.training.learned import ROWS as NARROWED
@@ -337,7 +338,7 @@ def test_a_frozen_bottom_runs_without_dropout_though_no_states_are_kept(job: Job
     frozen = job.with_values({"freeze": {"layers": 1}, "model.dropout": 0.5})
     ready = prepare(frozen)
     model = ready.start.model().train()
-    assert kept_prefix(frozen, model, ready.rows, False, []) is None
+    assert kept_prefix(frozen, model, ready.rows, False, [], Clock()) is None
     silent = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
     below = {name for name in silent if "embeddings" in name or ".layer.0." in name}
     assert below

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from banjoray.models import packed
-from banjoray.models.packed import PackedLinear, able, pack
+from banjoray.models import packed as packing
+from banjoray.models.packed import PackedLinear, able, pack, packed
 from banjoray.models.sections import held_once
 from banjoray.training.strategies import native_bf16
 
@@ -68,6 +68,34 @@ def test_a_weight_is_packed_once_also_where_models_hold_it_together(monkeypatch:
     assert len(counted) == 2
 
 
+@pytest.mark.skipif(not native_bf16("cpu"), reason="this processor has no bf16")
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_in_fp32_multiply_as_autocast_has_it_while_the_block_runs(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 96, bias=bias), nn.GELU(), nn.Linear(96, 7))
+    states = torch.randn(2, 5, 48)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.inference_mode():
+        with torch.autocast("cpu", torch.bfloat16):
+            wanted = model(states)
+        with packed(model, torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
+            assert type(model[0]) is not nn.Linear
+            given, again = model(states), model(states)
+    assert (given.shape, given.dtype) == (wanted.shape, torch.bfloat16)
+    assert torch.equal(given, again)
+    assert torch.allclose(given.float(), wanted.float(), rtol=2e-2, atol=2e-2)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_layers_are_plain_again_after_the_block_also_after_an_error() -> None:
+    model = layers()
+    with pytest.raises(ZeroDivisionError), packed(model, FP32):
+        _ = 1 // 0
+    assert [type(layer) for layer in model] == [nn.Linear, nn.GELU, nn.Linear]
+    model(torch.randn(3, 48)).sum().backward()
+    assert not {"dtype", "copy"} & vars(model[0]).keys()
+
+
 @pytest.fixture
 def tried_again() -> Iterator[None]:
     able.cache_clear()
@@ -85,7 +113,7 @@ def test_where_products_are_missing_or_wrong_layers_stay_plain(
             raise error
         return torch.zeros(len(states), 5)
 
-    monkeypatch.setattr(packed, "_product", product)
+    monkeypatch.setattr(packing, "_product", product)
     model = layers()
     pack(model, FP32)
     assert type(model[0]) is nn.Linear

@@ -17,6 +17,7 @@ from banjoray.errors import ConfigError
 from banjoray.models.readout import read_first_only
 from banjoray.training import prefix_cache
 from banjoray.training.checkpoints import Store
+from banjoray.training.clock import Clock
 from banjoray.training.interface import Callbacks, FitResult, Moment
 from banjoray.training.loop import fit
 from banjoray.training.prefix_cache import decide, kept_prefix
@@ -88,7 +89,7 @@ def prefix_of(job: JobConfig, bf16: bool = False) -> Any:
     ready, notes = prepare(job), list[str]()
     model = ready.start.model().train()
     read_first_only(model)
-    return kept_prefix(job, model, ready.rows, bf16, notes), notes
+    return kept_prefix(job, model, ready.rows, bf16, notes, Clock()), notes
 
 
 def changed_row(job: JobConfig, tmp_path: Path) -> JobConfig:  # noqa: ARG001
@@ -180,7 +181,7 @@ def test_four_that_ask_at_the_same_moment_compute_it_once(job: JobConfig, monkey
     ready = prepare(job)
     models = [ready.start.model() for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda model: kept_prefix(job, model, ready.rows, False, []), models))
+        found = list(pool.map(lambda model: kept_prefix(job, model, ready.rows, False, [], Clock()), models))
     assert len(filled) == len(set(filled)) == 2
     streams = [one.train.states.stream for one in found if one]
     assert all(np.array_equal(stream, streams[0]) for stream in streams)
@@ -196,7 +197,7 @@ def test_deeper_cut_starts_from_the_states_of_a_shallower_one(job: JobConfig) ->
     for number, block in enumerate(blocks):
         # Identity blocks are called too; what is computed inside a block is its attention.
         block.attention.register_forward_hook(lambda *_, number=number: calls.append(number))
-    found = kept_prefix(job, model, ready.rows, False, [])
+    found = kept_prefix(job, model, ready.rows, False, [], Clock())
     assert found
     assert found.origin == "computed"
     # The two rows with which the cut is tried go through both blocks; the rows of the data through the upper one.

@@ -2,9 +2,12 @@
 
 Products in bf16 on a CPU (oneDNN) bring the weights into an order of their own at every call, which takes a quarter of
 a pass over one short text. Here that is done once per weight, at the first pass, and kept beside it: the weights of
-these layers take twice the memory, as in fp32.
+these layers take twice the memory, as in fp32. Under autocast, whose weights are in fp32, every call also casts them; a
+frozen bottom's need that once (`packed`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -39,6 +42,39 @@ def pack(model: nn.Module, dtype: torch.dtype) -> None:
             module.__class__ = PackedLinear
 
 
+class _CastLinear(nn.Linear):
+    """A linear layer in fp32 that multiplies as autocast has it, by a packed copy of its weight in ``dtype``."""
+
+    dtype: torch.dtype
+    copy: Tensor | None
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., out features) in ``dtype``, of (..., in features)."""
+        if self.copy is None:
+            self.copy = _reordered(self.weight.to(self.dtype))
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return _product(states.to(self.dtype), self.copy, bias)
+
+
+@contextmanager
+def packed(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """While the block runs, linear layers, fp32 on the CPU, multiply in ``dtype``, packed at their first pass.
+
+    For passes without gradients, between which no weight changes; entered outside of autocast. Where there are no such
+    products, nothing changes.
+    """
+    found = [module for module in model.modules() if type(module) is nn.Linear] if able(dtype) else []
+    for module in found:
+        module.__class__ = _CastLinear
+        vars(module).update(dtype=dtype, copy=None)
+    try:
+        yield
+    finally:
+        for module in found:
+            module.__class__ = nn.Linear
+            del vars(module)["dtype"], vars(module)["copy"]
+
+
 @cache
 def able(dtype: torch.dtype) -> bool:
     """Whether there are products with packed weights here, tried on a few numbers."""
@@ -55,8 +91,13 @@ def able(dtype: torch.dtype) -> bool:
 def _packed(weight: Any) -> Tensor:
     """The weight in the products' order; made once, also where several models hold the same weight."""
     if not hasattr(weight, "packed"):
-        weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)  # noqa: SLF001  see `able`
+        weight.packed = _reordered(weight)
     found: Tensor = weight.packed
+    return found
+
+
+def _reordered(weight: Tensor) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)  # noqa: SLF001  see `able`
     return found
 
 

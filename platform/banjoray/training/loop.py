@@ -76,8 +76,7 @@ def _fit(
     if job.train.gradient_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]
     clock = Clock(torch.cuda.synchronize) if job.scale.gpus_per_worker and calls.exact else Clock()
-    with clock("prefix"):
-        prefix = _all_or_none(kept_prefix(job, model, rows, choice.precision == "bf16", notes))
+    prefix = _all_or_none(kept_prefix(job, model, rows, choice.precision == "bf16", notes, clock))
     strategy = build(job, model, choice.precision)
     with Saver() as saver:
         collate = task.collate(job, start.tokenizer, model.config)

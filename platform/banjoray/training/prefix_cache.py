@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,10 @@ from banjoray.data.batches import padded, sorted_batches
 from banjoray.data.tokens import Tokens
 from banjoray.errors import ConfigError
 from banjoray.models.blocks import find_blocks
+from banjoray.models.packed import packed
 from banjoray.models.prefix import Cut, config_digest, frozen_depth, silence, trimmed
 from banjoray.tasks.task import varies
+from banjoray.training.clock import Clock
 from banjoray.training.interface import Rows
 from banjoray.training.learned import digest
 from banjoray.training.scoring import EVALUATION_TOKENS, to_tensors
@@ -141,11 +143,12 @@ def decide(job: JobConfig, model: Any, lengths: np.ndarray, bf16: bool, only_fir
     return told(True, f"{passes} passes over {size / 2**20:.0f} MiB")
 
 
-def kept_prefix(job: JobConfig, model: Any, rows: Rows, bf16: bool, notes: list[str]) -> Prefix | None:
+def kept_prefix(job: JobConfig, model: Any, rows: Rows, bf16: bool, notes: list[str], clock: Clock) -> Prefix | None:
     """The states of a run's rows, read or made now, and the model starting from them; None where they don't pay.
 
     Frozen bottoms lose their dropout in any case. The train rows' states are in bf16 where the run trains in bf16; the
-    validation rows' are always fp32, as evaluation is. Raises ConfigError: cache.prefix always, and there is no room.
+    validation rows' are always fp32, as evaluation is, and their time is evaluation's. Raises ConfigError: cache.prefix
+    always, and there is no room.
     """
     depth = frozen_depth(model)
     if depth is None:
@@ -164,7 +167,10 @@ def kept_prefix(job: JobConfig, model: Any, rows: Rows, bf16: bool, notes: list[
     began = time.perf_counter()
     shelf = _Shelf(job, model, cut, narrow, rows.pad_id)
     try:
-        found = [shelf.states(rows.train, bf16), shelf.states(rows.validation, False)]
+        with clock("prefix"):
+            found = [shelf.states(rows.train, bf16)]
+        with clock("evaluate"):
+            found.append(shelf.states(rows.validation, False))
     except OSError as error:
         if job.cache.prefix == "always":
             raise ConfigError(f"cache.prefix: found always, but {prefix_cache(job)} can't be used ({error})") from None
@@ -260,7 +266,14 @@ class _Shelf:
         """(row numbers, their cells one after the other) of every row, in batches of like lengths."""
         device = next(self._model.parameters()).device
         precision = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-        with self._shallower(tokens, bf16) as lower, _evaluating(self._model), torch.inference_mode(), precision:
+        products = packed(self._model, torch.bfloat16) if bf16 and device.type == "cpu" else nullcontext()
+        with (
+            self._shallower(tokens, bf16) as lower,
+            _evaluating(self._model),
+            torch.inference_mode(),
+            products,
+            precision,
+        ):
             for rows in sorted_batches(tokens.lengths, EVALUATION_TOKENS[device.type]):
                 inputs = to_tensors(padded(tokens, rows, self._pad_id), device)
                 inputs = lower.start(rows, inputs) if lower else inputs
