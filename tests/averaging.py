@@ -1,11 +1,14 @@
-"""One of some ranks that average numbers: `averaging.py RANK RANKS STORE MEMORY`; a line of JSON for every case.
+"""One of some ranks that average numbers: `averaging.py RANK RANKS STORE`; a line of JSON for every case.
 
-Cases are lines of stdin: how many ``cells``, the ``most`` cells of a slot, ``memory`` (the folder of the shared file
-as rank 0 sees it) and, perhaps, that the last rank is ``elsewhere`` or files end at so many ``bytes``.
+Cases are lines of stdin: how many ``cells``, the ``most`` cells of a slot, ``memory`` (the folder of the shared file)
+and perhaps one of these: the last rank is ``elsewhere``; files end at so many ``bytes``; the last rank ``dies`` when it
+waits for the others that often, and theirs is what they are told.
 """
 
 import json
+import os
 import resource
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -41,14 +44,36 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (case.get("bytes", unlimited[0]), unlimited[1]))
         shared = SharedAverage.among_workers(case["cells"])
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-        found: list[list[float]] = []
+        if "dies" in case and shared and rank == ranks - 1:
+            die_waiting(shared, case["dies"])
+        found: list[Any] = []
         if shared:
             # Twice: what is left in the slots from the first time is no part of the second.
             for _ in range(2):
                 mine = numbers(rank, case["cells"])
-                shared.average_(mine)
+                try:
+                    shared.average_(mine)
+                except RuntimeError as error:
+                    found.append(str(error))
+                    break
                 found.append(mine.tolist())
         sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.flush()
+    # The group may be broken: nothing is left for it to do.
+    os._exit(0)
+
+
+def die_waiting(shared: SharedAverage, times: int) -> None:
+    """Have this process killed when it is about to wait for the others, the n-th time."""
+    wait, left = shared._wait, iter(range(1, times))
+
+    def waiting() -> None:
+        if next(left, None) is None:
+            sys.stdout.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        wait()
+
+    shared._wait = waiting  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

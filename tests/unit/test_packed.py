@@ -78,7 +78,7 @@ def test_layers_in_fp32_multiply_as_autocast_has_it_while_the_block_runs(bias: b
     with torch.inference_mode():
         with torch.autocast("cpu", torch.bfloat16):
             wanted = model(states)
-        with packed(model, torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
+        with packed(model), torch.autocast("cpu", torch.bfloat16):
             assert type(model[0]) is not nn.Linear
             given, again = model(states), model(states)
     assert (given.shape, given.dtype) == (wanted.shape, torch.bfloat16)
@@ -87,13 +87,24 @@ def test_layers_in_fp32_multiply_as_autocast_has_it_while_the_block_runs(bias: b
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
+def test_without_autocast_or_with_gradients_the_block_changes_nothing() -> None:
+    model, states = layers(), torch.randn(3, 48)
+    wanted = model(states)
+    with packed(model):
+        with torch.inference_mode():
+            assert torch.equal(model(states), wanted)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(states).sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
 def test_layers_are_plain_again_after_the_block_also_after_an_error() -> None:
     model = layers()
-    with pytest.raises(ZeroDivisionError), packed(model, FP32):
+    with pytest.raises(ZeroDivisionError), packed(model):
         _ = 1 // 0
     assert [type(layer) for layer in model] == [nn.Linear, nn.GELU, nn.Linear]
     model(torch.randn(3, 48)).sum().backward()
-    assert not {"dtype", "copy"} & vars(model[0]).keys()
+    assert "copy" not in vars(model[0])
 
 
 @pytest.fixture
@@ -101,6 +112,12 @@ def tried_again() -> Iterator[None]:
     able.cache_clear()
     yield
     able.cache_clear()
+
+
+@pytest.mark.usefixtures("tried_again")
+def test_products_are_found_under_autocast_too() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert able(FP32)
 
 
 @pytest.mark.usefixtures("tried_again")

@@ -43,36 +43,36 @@ def pack(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 class _CastLinear(nn.Linear):
-    """A linear layer in fp32 that multiplies as autocast has it, by a packed copy of its weight in ``dtype``."""
+    """A linear layer in fp32 that, where autocast is on and gradients are off, multiplies by a packed copy in bf16."""
 
-    dtype: torch.dtype
     copy: Tensor | None
 
     def forward(self, states: Tensor) -> Tensor:
-        """(..., out features) in ``dtype``, of (..., in features)."""
+        """(..., out features) of (..., in features), in the number format that autocast gives them."""
+        if torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu"):
+            return super().forward(states)
         if self.copy is None:
-            self.copy = _reordered(self.weight.to(self.dtype))
-        bias = None if self.bias is None else self.bias.to(self.dtype)
-        return _product(states.to(self.dtype), self.copy, bias)
+            self.copy = _reordered(self.weight.bfloat16())
+        bias = None if self.bias is None else self.bias.bfloat16()
+        return _product(states.bfloat16(), self.copy, bias)
 
 
 @contextmanager
-def packed(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """While the block runs, linear layers, fp32 on the CPU, multiply in ``dtype``, packed at their first pass.
+def packed(model: nn.Module) -> Iterator[None]:
+    """While the block runs, autocast to bf16 on the CPU packs a model's linear layers once, at their first pass.
 
-    For passes without gradients, between which no weight changes; entered outside of autocast. Where there are no such
-    products, nothing changes.
+    The weights must not change meanwhile. Where there are no such products, nothing changes.
     """
-    found = [module for module in model.modules() if type(module) is nn.Linear] if able(dtype) else []
+    found = [module for module in model.modules() if type(module) is nn.Linear] if able(torch.bfloat16) else []
     for module in found:
         module.__class__ = _CastLinear
-        vars(module).update(dtype=dtype, copy=None)
+        vars(module)["copy"] = None
     try:
         yield
     finally:
         for module in found:
             module.__class__ = nn.Linear
-            del vars(module)["dtype"], vars(module)["copy"]
+            del vars(module)["copy"]
 
 
 @cache
@@ -80,12 +80,12 @@ def able(dtype: torch.dtype) -> bool:
     """Whether there are products with packed weights here, tried on a few numbers."""
     states, weight = (torch.linspace(-1, 1, 8 * rows).reshape(rows, 8).to(dtype) for rows in (3, 5))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             found = _product(states, _packed(weight), None)
+            return torch.allclose(found.float(), linear(states.float(), weight.float()), rtol=2e-2, atol=2e-2)
     except (AttributeError, TypeError, RuntimeError):
         # Both are parts of torch that its own compiler uses, and no others are promised them.
         return False
-    return torch.allclose(found.float(), linear(states.float(), weight.float()), rtol=2e-2, atol=2e-2)
 
 
 def _packed(weight: Any) -> Tensor:

@@ -36,10 +36,11 @@ class DataParallel:
         self._accelerator = Accelerator(cpu=not cuda, kwargs_handlers=[options])
         self.rank = self._accelerator.process_index
         self.workers = self._accelerator.num_processes
-        if torch.distributed.is_initialized() and self.workers != torch.distributed.get_world_size():
+        grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if grouped and self.workers != (others := torch.distributed.get_world_size()):
             raise TrainingFailed(
-                f"{torch.distributed.get_world_size()} workers are in one process group, but Accelerate sees "
-                f"{self.workers}, so they would train apart; set RANK and WORLD_SIZE where the group is made"
+                f"{others} workers are in one process group, but Accelerate sees {self.workers}, so they would train "
+                f"apart; set RANK and WORLD_SIZE where the group is made"
             )
         self.device = self._accelerator.device
         self._dtype = DTYPES.get(precision)

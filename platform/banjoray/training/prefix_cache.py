@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,9 +165,9 @@ def kept_prefix(job: JobConfig, model: Any, rows: Rows, bf16: bool, notes: list[
             raise ConfigError(f"cache.prefix: found always, but {type(model).__name__} can't start above block {depth}")
         return None
     began = time.perf_counter()
-    shelf = _Shelf(job, model, cut, narrow, rows.pad_id)
     try:
         with clock("prefix"):
+            shelf = _Shelf(job, model, cut, narrow, rows.pad_id)
             found = [shelf.states(rows.train, bf16)]
         with clock("evaluate"):
             found.append(shelf.states(rows.validation, False))
@@ -266,14 +266,8 @@ class _Shelf:
         """(row numbers, their cells one after the other) of every row, in batches of like lengths."""
         device = next(self._model.parameters()).device
         precision = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-        products = packed(self._model, torch.bfloat16) if bf16 and device.type == "cpu" else nullcontext()
-        with (
-            self._shallower(tokens, bf16) as lower,
-            _evaluating(self._model),
-            torch.inference_mode(),
-            products,
-            precision,
-        ):
+        lower_states, mode = self._shallower(tokens, bf16), torch.inference_mode()
+        with lower_states as lower, _evaluating(self._model), packed(self._model), mode, precision:
             for rows in sorted_batches(tokens.lengths, EVALUATION_TOKENS[device.type]):
                 inputs = to_tensors(padded(tokens, rows, self._pad_id), device)
                 inputs = lower.start(rows, inputs) if lower else inputs

@@ -1,11 +1,12 @@
 """Gradients of workers on one host: averaged in memory that they share, instead of through sockets.
 
-On two cores, gloo needs 45 to 55 ms for 50 MB, most of it for copies into and out of the kernel; this way it is 17.
+A socket copies them into the kernel and out of it again; benchmarks/gradient_average.py times both ways.
 """
 
 import mmap
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ from torch.futures import Future
 
 # A file system of memory; containers often have 64 MB of it.
 MEMORY = Path("/dev/shm")
-# The most that a worker has in it, fp32; more gradients than that are averaged part by part.
+# The most that a worker has in it, fp32; more gradients than that are averaged part by part. Where there is no room
+# for so much, an eighth of it.
 MOST_CELLS = 64 * 2**20 // 4
+SHARES = (1, 8)
 
 
 class SharedAverage:
@@ -37,20 +40,19 @@ class SharedAverage:
         Every worker calls it, and all get the same answer.
         """
         rank, workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        cells = min(cells, MOST_CELLS)
-        name: list[str] = [_created(workers * cells * 4) if rank == 0 else ""]
-        torch.distributed.broadcast_object_list(name, src=0)
-        slots = _opened(name[0], workers * cells * 4) if name[0] else None
+        made = [_created(workers, min(cells, MOST_CELLS)) if rank == 0 else None]
+        torch.distributed.broadcast_object_list(made, src=0)
+        slots = _opened(*made[0]) if made[0] else None
         found: list[bool] = [False] * workers
         torch.distributed.all_gather_object(found, slots is not None)
-        if rank == 0 and name[0]:
-            Path(name[0]).unlink()
-        return cls(slots.view(workers, cells), rank) if slots is not None and all(found) else None
+        if rank == 0 and made[0]:
+            Path(made[0][0]).unlink()
+        return cls(slots.view(workers, -1), rank) if slots is not None and all(found) else None
 
     def average_(self, numbers: Tensor) -> None:
         """Put the mean of all workers' ``numbers`` in their place; (cells,) fp32, as many on every worker.
 
-        Every worker adds up one part of them, in the order of ranks, so that all end with the same bits.
+        Every worker adds up one part of them for all, so that all end with the same bits.
         """
         for piece in torch.split(numbers, self._slots.shape[1]):
             slots = self._slots[:, : len(piece)]
@@ -79,31 +81,35 @@ def averaged(shared: SharedAverage, bucket: torch.distributed.GradBucket) -> Fut
     return done
 
 
-def _created(size: int) -> str:
-    """The path of a new file of shared memory whose bytes are all there; empty where that can't be."""
+def _created(workers: int, cells: int) -> tuple[str, int] | None:
+    """The path and bytes of a new file with a slot of at most ``cells`` for each worker; None where that can't be."""
     path = MEMORY / f"banjoray-{secrets.token_hex(16)}"
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError:
-        return ""
+        return None
     try:
-        # A file that is only told to be so long ends the process that writes to it when memory runs out.
-        os.posix_fallocate(handle, 0, size)
-    except OSError:
-        path.unlink()
-        return ""
+        for share in SHARES:
+            size = workers * -(-cells // share) * 4
+            # A file that is only told to be so long ends the process that writes to it when memory runs out.
+            with suppress(OSError):
+                os.posix_fallocate(handle, 0, size)
+                return str(path), size
     finally:
         os.close(handle)
-    return str(path)
+    path.unlink()
+    return None
 
 
 def _opened(path: str, size: int) -> Tensor | None:
-    """A file of shared memory as fp32, (cells,); None on a host that has no such file."""
+    """A file of shared memory as fp32, (cells,); None where this process can't have it, as on another host."""
     try:
         handle = os.open(path, os.O_RDWR)
     except OSError:
         return None
     try:
         return torch.frombuffer(mmap.mmap(handle, size), dtype=torch.float32)
+    except OSError:
+        return None
     finally:
         os.close(handle)
