@@ -29,7 +29,7 @@ docs: $(VENV)/.test  ## write the generated files of docs: compatibility.md, job
 	$(BIN)/banjoray schema > docs/job.schema.json
 
 bench: $(VENV)/.test  ## run the benchmarks; results go to benchmarks/results and the README
-	$(BIN)/python benchmarks/train_throughput.py
+	$(BIN)/python -m benchmarks.train_throughput
 	$(BIN)/python -m benchmarks.search_cost
 	$(BIN)/python benchmarks/table.py
 

@@ -1,7 +1,7 @@
 """Rows per second of fine-tuning: banjoray beside Trainer and Accelerate; same rows, model, steps and threads.
 
-    python benchmarks/train_throughput.py [--train rows.jsonl --validation rows.jsonl] [--name emotion] [--gpu]
-    python benchmarks/train_throughput.py --accuracy --train rows.jsonl --validation rows.jsonl --name emotion
+    python -m benchmarks.train_throughput [--train rows.jsonl --validation rows.jsonl] [--name emotion] [--gpu]
+    python -m benchmarks.train_throughput --accuracy --train rows.jsonl --validation rows.jsonl --name emotion
 
 Files are JSON Lines with columns text and label; without them, the sample set that ships with banjoray. Every
 contender runs in a process of its own, in turn, round after round, each round with another seed; the first round warms
@@ -29,7 +29,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.train_contenders import Case, job
+
+from banjoray.config.job import JobConfig
+from banjoray.config.section import validate
 from banjoray.data.sources import SHIPPED
+from banjoray.training.run import worker_environment
 
 HERE = Path(__file__).parent
 THREADS = os.cpu_count() or 1
@@ -169,7 +174,7 @@ def one(name: str, seed: int, options: argparse.Namespace, files: dict[str, str]
     if options.gpu:
         environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        case = {
+        case: dict[str, Any] = {
             "contender": name,
             "seed": seed,
             "threads": threads(options),
@@ -179,6 +184,9 @@ def one(name: str, seed: int, options: argparse.Namespace, files: dict[str, str]
             "max_length": MAX_LENGTH,
             "train": TRAIN | {"epochs": options.epochs},
         }
+        if name == "banjoray_loop":
+            # What differs from the run in Ray is to be Ray.
+            environment |= worker_environment(validate(JobConfig, job(Case(**case)), "benchmark"))
         command = [sys.executable, str(HERE / "train_contenders.py"), json.dumps(case)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
