@@ -375,7 +375,11 @@ def _seeded(seed: int, step: int, rank: int) -> np.random.SFC64:
     So nothing has to be saved to go on exactly.
     """
     seeds = np.random.SeedSequence([seed, step, rank])
-    torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+    drawn = int(seeds.generate_state(1, np.uint64)[0] >> 1)
+    # What torch.manual_seed does; that also leaves word for every kind of device that is not there, in 0.4 ms.
+    torch.default_generator.manual_seed(drawn)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(drawn)
     return np.random.SFC64(seeds)
 
 
