@@ -91,7 +91,8 @@ def main() -> int:
     result["works"] = {name: compared(works[name], told) for name, told in found.items()}
     agrees = all(told["agrees"] is not False for told in result["works"].values())
     if agrees:
-        path = ROOT / "benchmarks" / "results" / f"search_cost_{options.name}.json"
+        part = "" if options.part == "all" else f"_{options.part}"
+        path = ROOT / "benchmarks" / "results" / f"search_cost_{options.name}{part}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
