@@ -372,14 +372,11 @@ def _schedule(job: JobConfig, steps: int) -> Callable[[int], float]:
 def _seeded(seed: int, step: int, rank: int) -> np.random.SFC64:
     """A generator for a step's dropout, and torch's own for what else draws: of (seed, step, rank) alone.
 
-    So nothing has to be saved to go on exactly.
+    So nothing has to be saved to go on exactly. torch.manual_seed also leaves word for absent devices, in 0.4 ms.
     """
     seeds = np.random.SeedSequence([seed, step, rank])
-    drawn = int(seeds.generate_state(1, np.uint64)[0] >> 1)
-    # What torch.manual_seed does; that also leaves word for every kind of device that is not there, in 0.4 ms.
-    torch.default_generator.manual_seed(drawn)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed_all(drawn)
+    for generator in (torch.default_generator, *torch.cuda.default_generators):
+        generator.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
     return np.random.SFC64(seeds)
 
 
