@@ -12,7 +12,8 @@ Every contender runs in a process of its own, in turn, round after round, each r
 on few rows warms the machine up and is not counted. Times are told only if the contenders learn alike. In a study: our
 best accuracy at most 3 points below the peer's best, and the best of each freezing choice within 5 points of the
 peer's. In a single run: at most 3 points below the peer's. Else the script ends with exit code 1 and leaves no results
-file. Results go to benchmarks/results and, as one JSON line, to stdout; progress goes to stderr.
+file. Results go to benchmarks/results (those of one part alone to a file of its name) and, as one JSON line, to stdout;
+progress goes to stderr.
 """
 
 import argparse

@@ -164,6 +164,15 @@ def test_run_stopped_twice_ends_bit_for_bit_as_one_that_was_not(job: JobConfig, 
     assert different(final(tmp_path / "run"), final(whole)) == []
 
 
+def test_run_whose_dropout_torch_draws_itself_ends_bit_for_bit_as_one_that_was_not_stopped(
+    drops_out: JobMaker, tmp_path: Path
+) -> None:
+    job = drops_out(train__gradient_checkpointing=True)
+    run(job, tmp_path / "whole")
+    go_on(job, interrupt(job, tmp_path / "run", 7))
+    assert different(final(tmp_path / "run"), final(tmp_path / "whole")) == []
+
+
 def test_dropout_is_on_from_the_first_step(drops_out: JobMaker, tmp_path: Path) -> None:
     losses: dict[float, float] = {}
     for dropout in (0.0, 0.1):
