@@ -33,10 +33,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "narrow": {},
     "cached": {"freeze": {"layers": 2}, "cache__prefix": "always"},
 }
-OTHERS: dict[str, dict[str, Any]] = {"offloaded": {"scale__offload": "cpu"}, "sockets": {}}
+OTHERS: dict[str, dict[str, Any]] = {"offloaded": {"scale__offload": "cpu"}}
+# Sockets: ddp as where workers can't share memory, which is what GPUs do.
 CASES = (
-    *(f"{strategy}-{variant}" for strategy in STRATEGIES for variant in VARIANTS),
-    "ddp-sockets",
+    *(f"{strategy}-{variant}" for strategy in (*STRATEGIES, "sockets") for variant in VARIANTS),
     "zero0-plain",
     "zero0-accumulated",
     "zero2-offloaded",
@@ -84,7 +84,7 @@ def outcome(
     base = lively_model(folder / "base", words=4000)
 
     def job(name: str, workers: int = 2) -> JobConfig:
-        strategy, _, variant = name.partition("-")
+        strategy, _, variant = name.replace("sockets-", "ddp-").partition("-")
         changes = (VARIANTS | OTHERS)[variant]
         # The best checkpoint by loss: two scores that agree in F1 could still name different checkpoints.
         best: dict[str, Any] = {"train__metric": "loss", "train__mode": "min"}
@@ -94,8 +94,8 @@ def outcome(
         # Whole word tables but in the variant that is about them.
         share = 0.8 if name.endswith("-narrow") else 0.0
         run = folder / "runs" / f"{name}-{workers}"
-        case = {"name": name, "job": job(name, workers), "run": run, "largest_share": share}
-        return case | ({"memory": str(folder / "none")} if name.endswith("-sockets") else {})
+        sockets = name.startswith("sockets-")
+        return {"name": name, "job": job(name, workers), "run": run, "largest_share": share, "sockets": sockets}
 
     return Outcome(
         launch(folder / "alone", [case(1, f"ddp-{variant}") for variant in VARIANTS]),
@@ -107,7 +107,7 @@ def outcome(
 
 
 def _alone(case: str) -> str:
-    """One worker's case that a case of two is compared with: offloading and the way to others change nothing for it."""
+    """One worker's case that a case of two is compared with: offloading changes nothing for it."""
     variant = case.partition("-")[2]
     return f"ddp-{variant if variant in VARIANTS else 'plain'}"
 
@@ -231,10 +231,10 @@ def test_model_trained_on_the_words_in_use_is_the_one_trained_on_the_whole_table
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ddp_on_two_workers_is_distributed_data_parallel(outcome: Outcome, variant: str) -> None:
-    for told in outcome.ranks(f"ddp-{variant}"):
+def test_ddp_without_shared_memory_is_distributed_data_parallel(outcome: Outcome, variant: str) -> None:
+    for told in outcome.ranks(f"sockets-{variant}"):
         assert told.seen["wrapped"] == "torch.nn.parallel.distributed.DistributedDataParallel"
-        assert told.seen["workers"] == 2
+        assert (told.seen["together"], told.seen["workers"]) == (False, 2)
 
 
 def test_workers_that_accelerate_does_not_see_as_one_group_do_not_train_apart(
@@ -252,9 +252,12 @@ def test_workers_that_accelerate_does_not_see_as_one_group_do_not_train_apart(
         DataParallel(job, model, "fp32", cuda=False)
 
 
-def test_gradients_through_memory_and_through_sockets_are_the_same(outcome: Outcome) -> None:
-    memory, sockets = (outcome.ranks(f"ddp-{variant}")[0] for variant in ("plain", "sockets"))
-    assert (memory.seen["hook"], sockets.seen["hook"]) == ("averaged", "")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_in_shared_memory_and_those_of_distributed_data_parallel_are_the_same(
+    outcome: Outcome, variant: str
+) -> None:
+    memory, sockets = (outcome.ranks(f"{strategy}-{variant}")[0] for strategy in ("ddp", "sockets"))
+    assert (memory.seen["together"], memory.seen["workers"]) == (True, 2)
     assert _different(memory.weights, sockets.weights) == []
 
 
@@ -297,10 +300,20 @@ def test_each_rank_of_zero_holds_half_of_the_optimizer_state(outcome: Outcome, c
     assert sum(seen["held"] for seen in told) >= trainable
 
 
-@pytest.mark.parametrize("case", cases_of("ddp", "zero0"))
+@pytest.mark.parametrize("case", cases_of("sockets", "zero0"))
 def test_without_sharding_each_rank_holds_the_whole_optimizer_state(outcome: Outcome, case: str) -> None:
     for told in outcome.ranks(case):
         assert told.seen["held"] == told.seen["trainable"] > 0
+
+
+@pytest.mark.parametrize("case", cases_of("ddp"))
+def test_workers_that_share_memory_hold_the_optimizer_state_of_the_parameters_that_they_step(
+    outcome: Outcome, case: str
+) -> None:
+    first, second = (told.seen for told in outcome.ranks(case))
+    assert first["held"] + second["held"] == first["trainable"]
+    assert first["held"] > 0
+    assert second["held"] > 0
 
 
 @pytest.mark.parametrize("case", cases_of("zero3"))

@@ -1,95 +1,115 @@
-"""Averages through shared memory, by three real processes."""
+"""Steps in shared memory, by three real processes."""
 
 import json
 import signal
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import averaging
-from averaging import numbers
+import stepping
+from stepping import RATE, STEPS, gradients, weights
 
 RANKS = 3
 HERE: dict[str, dict[str, Any]] = {
-    "at once": {"cells": 1000, "most": 1000},
-    "in parts": {"cells": 1000, "most": 64},
-    "fewer than workers": {"cells": 2, "most": 64},
-    "one": {"cells": 1, "most": 64},
-    # Of three slots of 800 cells, 9,600 bytes, and of three of 100.
-    "room for an eighth": {"cells": 800, "most": 800, "bytes": 2000},
+    "even": {"sizes": [100, 100, 100]},
+    "uneven": {"sizes": [1, 700, 3, 40, 40, 40, 900, 5]},
+    "more workers than parameters": {"sizes": [50]},
+    "one number": {"sizes": [1]},
+    "unused": {"sizes": [30, 20, 10, 40], "unused": [0, 2]},
+    "used by one": {"sizes": [30, 20, 10, 40], "rare": [1, 3]},
+    "in microbatches": {"sizes": [30, 20, 10, 40], "rare": [1], "microbatches": 4},
 }
 NOT_HERE: dict[str, dict[str, Any]] = {
-    "no such folder": {"cells": 10, "most": 10, "memory": "none"},
-    "another host": {"cells": 10, "most": 10, "elsewhere": True},
-    "no room": {"cells": 1000, "most": 1000, "bytes": 1000},
+    "another host": {"sizes": [10], "host": True},
+    "files of others stay closed": {"sizes": [10], "open": True},
+    "no room": {"sizes": [1000], "bytes": 1000},
+    "not fp32": {"sizes": [10], "double": True},
 }
-# The last rank dies when it has added up its part and before it tells the others.
-DYING: dict[str, dict[str, Any]] = {"killed": {"cells": 1000, "most": 1000, "dies": 2}}
+# The last rank dies when it has meant its part and before it tells the others.
+DYING: dict[str, dict[str, Any]] = {"killed": {"sizes": [300, 300, 300], "dies": 2}}
 CASES = HERE | NOT_HERE | DYING
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What every rank told, case by case, and the folder that the shared files were in."""
-
-    told: dict[str, list[list[Any]]]
-    memory: Path
+Told = dict[str, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    folder = tmp_path_factory.mktemp("averages")
-    memory = folder / "memory"
-    memory.mkdir()
-    cases = [case | {"memory": str(folder / case.get("memory", "memory"))} for case in CASES.values()]
-    command = [sys.executable, averaging.__file__]
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """What every rank told, case by case."""
+    folder = tmp_path_factory.mktemp("steps")
     plan = folder / "plan"
-    plan.write_text("\n".join(json.dumps(case) for case in cases))
+    plan.write_text("\n".join(json.dumps(case) for case in CASES.values()))
     outputs = [folder / f"rank{rank}" for rank in range(RANKS)]
     with ExitStack() as stack:
         ranks = [
             stack.enter_context(
                 subprocess.Popen(
-                    [*command, str(rank), str(RANKS), str(folder / "store")],
+                    [sys.executable, stepping.__file__, str(rank), str(RANKS), str(folder / "store")],
                     stdin=stack.enter_context(plan.open()),
                     stdout=stack.enter_context(output.open("w")),
                 )
             )
             for rank, output in enumerate(outputs)
         ]
-    told = [[json.loads(line) for line in output.read_text().splitlines()] for output in outputs]
+    lines = [[json.loads(line) for line in output.read_text().splitlines()] for output in outputs]
     assert [rank.returncode for rank in ranks] == [0] * (RANKS - 1) + [-signal.SIGKILL]
-    return Outcome({name: [lines[n] for lines in told if n < len(lines)] for n, name in enumerate(CASES)}, memory)
+    return {name: [rank[number] for rank in lines if number < len(rank)] for number, name in enumerate(CASES)}
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_every_rank_gets_the_mean_of_all_twice_and_to_the_bit(outcome: Outcome, name: str) -> None:
-    cells = HERE[name]["cells"]
-    mean = torch.stack([numbers(rank, cells) for rank in range(RANKS)]).mean(dim=0)
-    first, *others = outcome.told[name]
-    assert len(first) == 2
-    assert first[0] == first[1]
-    assert [other == first for other in others] == [True] * (RANKS - 1)
-    assert torch.allclose(torch.tensor(first[0]), mean, rtol=1e-6, atol=1e-7)
+def test_every_rank_ends_with_the_weights_of_one_that_steps_all(told: Told, name: str) -> None:
+    case, expected = HERE[name], weights(HERE[name])
+    brought = list(zip(*(gradients(case, rank) for rank in range(RANKS)), strict=True))
+    means = [
+        torch.stack([one if one is not None else torch.zeros_like(whole) for one in theirs]).mean(dim=0)
+        for theirs, whole in zip(brought, expected, strict=True)
+    ]
+    first, *others = [rank["steps"] for rank in told[name]]
+    assert len(first) == STEPS
+    for step in range(STEPS):
+        for weight, mean in zip(expected, means, strict=True):
+            weight.sub_(mean, alpha=RATE)
+        norm, _, found, _ = first[step]
+        assert norm == pytest.approx(float(torch.linalg.vector_norm(torch.cat(means))), rel=1e-5)
+        assert all(
+            torch.allclose(torch.tensor(one), two, rtol=1e-5, atol=1e-6)
+            for one, two in zip(found, expected, strict=True)
+        )
+        # To the bit.
+        assert [[steps[step][0], steps[step][2]] for steps in others] == [[norm, found]] * (RANKS - 1)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_every_parameter_that_is_used_is_stepped_by_one_rank(told: Told, name: str) -> None:
+    used = [number for number in range(len(HERE[name]["sizes"])) if number not in HERE[name].get("unused", [])]
+    assert sorted(number for rank in told[name] for number in rank["steps"][0][1]) == used
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_what_is_gathered_is_of_who_steps_it_on_every_rank(told: Told, name: str) -> None:
+    owners = {number: rank for rank, line in enumerate(told[name]) for number in line["steps"][0][1]}
+    expected = [[float(owners.get(number, 0))] * size for number, size in enumerate(HERE[name]["sizes"])]
+    assert [line["steps"][step][3] for line in told[name] for step in range(STEPS)] == [expected] * RANKS * STEPS
+
+
+def test_parts_are_about_equal(told: Told) -> None:
+    assert [rank["steps"][0][1] for rank in told["even"]] == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize("name", NOT_HERE)
-def test_no_rank_shares_memory_where_one_can_not(outcome: Outcome, name: str) -> None:
-    assert outcome.told[name] == [[]] * RANKS
+def test_no_rank_shares_memory_where_one_can_not(told: Told, name: str) -> None:
+    assert [rank["steps"] for rank in told[name]] == [[]] * RANKS
 
 
-def test_the_others_are_told_by_gloo_that_a_rank_died_in_the_middle(outcome: Outcome) -> None:
-    told = outcome.told["killed"]
-    assert [len(lines) for lines in told] == [1] * (RANKS - 1)
+def test_the_others_are_told_by_gloo_that_a_rank_died_in_the_middle(told: Told) -> None:
+    lines = [rank["steps"] for rank in told["killed"]]
+    assert [len(steps) for steps in lines] == [1] * (RANKS - 1)
     # The word by which `Pulse.blame` knows a lost worker.
-    assert all("gloo" in lines[0] for lines in told)
+    assert all("gloo" in steps[0] for steps in lines)
 
 
-def test_no_file_is_left(outcome: Outcome) -> None:
-    assert list(outcome.memory.iterdir()) == []
+@pytest.mark.parametrize("name", CASES)
+def test_memory_goes_with_the_parameters(told: Told, name: str) -> None:
+    assert [rank["left"] for rank in told[name]] == [0] * len(told[name])

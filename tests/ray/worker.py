@@ -60,7 +60,7 @@ ENDS = {"kill": (-signal.SIGKILL, FAILED), "hang": (-signal.SIGKILL, FAILED), "t
 class Seen:
     """What one rank knows of its strategy once the run is over.
 
-    ``wrapped`` is the class that takes part in the exchange, and ``hook`` what DDP was told to exchange gradients with;
+    ``wrapped`` is the class that takes part in the exchange, and ``together`` whether steps are made in shared memory;
     ``sharded`` names the modules that are FSDP2's;
     ``held`` counts the numbers of AdamW's first moment on this rank and ``trainable`` those of the whole model;
     ``released`` names the parameters that were not whole here after the last step, and ``pieces`` counts the numbers of
@@ -68,7 +68,7 @@ class Seen:
     """
 
     wrapped: str
-    hook: str
+    together: bool
     sharded: tuple[str, ...]
     workers: int
     stage: int | None
@@ -205,7 +205,8 @@ def _rank(case: dict[str, Any], number: int, rank: int, listening: socket.socket
         job = validate(JobConfig, case["job"], case["name"]).with_values({"scale.workers": attempt["workers"]})
         _join(job, rank, listening)
         vocabulary.LARGEST_SHARE = case.get("largest_share", 0.8)
-        shared_memory.MEMORY = Path(case.get("memory", shared_memory.MEMORY))
+        if case.get("sockets"):
+            shared_memory._host = lambda: None
         code = _run(job, case["run"], attempt, stem)
     finally:
         if sys.exception():
@@ -327,7 +328,7 @@ def _look(strategy: Strategy, released: list[str]) -> Seen:
         optimizer = strategy.engine.optimizer.optimizer if stage else strategy.engine.optimizer
     return Seen(
         wrapped=f"{kind.__module__}.{kind.__name__}",
-        hook="".join(hook.__name__ for hook, _ in getattr(getattr(strategy, "_wrapped", None), "_comm_hooks", [])),
+        together=getattr(strategy, "_together", None) is not None,
         sharded=tuple(name for name, module in strategy.module.named_modules() if isinstance(module, FSDPModule)),
         workers=strategy.workers,
         stage=stage,

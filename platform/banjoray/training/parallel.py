@@ -1,4 +1,4 @@
-"""Data parallel and fully sharded workers: PyTorch's own DDP (through Accelerate) and FSDP2."""
+"""Data parallel and fully sharded workers: in shared memory, PyTorch's own DDP (through Accelerate), and FSDP2."""
 
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +18,7 @@ from banjoray.training.optimizer import (
     restore_plain_moments,
     set_rate,
 )
-from banjoray.training.shared_memory import SharedAverage, averaged
+from banjoray.training.shared_memory import SharedStep
 from banjoray.training.strategies import DTYPES, Forward, Precision
 
 # Dynamic loss scaling of fp16, as torch.amp.GradScaler: where it starts, and after how many good steps it doubles.
@@ -26,7 +26,10 @@ FIRST_SCALE, STEPS_TO_DOUBLE = 65536.0, 2000
 
 
 class DataParallel:
-    """Every worker holds the whole model; gradients are averaged. Accelerate on CPU (gloo) and GPU (NCCL)."""
+    """Every worker has the whole model, and gradients are averaged: by Accelerate, which is DDP.
+
+    Workers on the CPUs of one host share memory instead, see `SharedStep`.
+    """
 
     def __init__(self, job: JobConfig, model: nn.Module, precision: Precision, cuda: bool) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -48,26 +51,16 @@ class DataParallel:
         self.module = model.to(self.device)
         self._optimizer = adamw(job, model)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        wrapped = self._wrap(model, options) if self.workers > 1 else model
+        shares = self.workers > 1 and not cuda
+        self._together = SharedStep.among_workers(self._trained) if shares else None
+        alone = self.workers == 1 or self._together is not None
+        wrapped: nn.Module = model if alone else self._accelerator.prepare_model(model)
         compiled = job.train.torch_compile == "on"
         self._wrapped: nn.Module = torch.compile(wrapped, dynamic=True) if compiled else wrapped  # type: ignore[assignment]
         # fp16 gradients fall below its smallest number unless the loss is scaled up first.
         scale = FIRST_SCALE if precision == "fp16" else 1.0
         self._scale = torch.tensor(scale, device=self.device) if scale != 1 else None
         self._held = torch.zeros((), dtype=torch.int32, device=self.device)
-
-    def _wrap(self, model: nn.Module, options: Any) -> nn.Module:
-        """DDP, by Accelerate; workers on the CPUs of one host share memory instead of sockets."""
-        cells = sum(parameter.numel() for parameter in self._trained)
-        shared = SharedAverage.among_workers(cells) if self.device.type == "cpu" else None
-        if shared:
-            # Averaged at once, when all are there: no core is free to do it beside the backward pass.
-            options.bucket_cap_mb = cells * 4 // 2**20 + 1
-        wrapped: Any = self._accelerator.prepare_model(model)
-        if shared:
-            wrapped.register_comm_hook(shared, averaged)
-        found: nn.Module = wrapped
-        return found
 
     def gradients(self, forward: Forward, last: bool) -> Tensor:
         """See `Strategy`; gradients travel between workers with the last microbatch only."""
@@ -83,14 +76,15 @@ class DataParallel:
         """See `Strategy`; clipping, unscaling and the test for numbers happen inside the fused kernel of AdamW."""
         set_rate(self._optimizer, learning_rate)
         scale = torch.ones((), device=self.device) if self._scale is None else self._scale
-        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / scale  # noqa: SLF001
+        norm = (self._together.average_() if self._together else self._norm()) / scale
         broken = (~torch.isfinite(norm)).float()
         # The names by which GradScaler hands a fused optimizer a divisor, and the wish to skip.
         optimizer: Any = self._optimizer
         optimizer.grad_scale = scale * ((norm + 1e-6) / self._max_norm).clamp(min=1)
         optimizer.found_inf = broken
         optimizer.step()
+        if self._together:
+            self._together.settle()
         optimizer.zero_grad(set_to_none=True)
         if self._scale is not None:
             torch._amp_update_scale_(self._scale, self._held, broken, 2.0, 0.5, STEPS_TO_DOUBLE)
@@ -103,19 +97,39 @@ class DataParallel:
         state = self.module.state_dict()
         return {name: state[name].to("cpu", copy=True) for name in names}
 
+    def _norm(self) -> Tensor:
+        """Of all gradients."""
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # noqa: SLF001
+        return norm
+
     def moments(self) -> dict[str, Tensor]:
         """See `Strategy`."""
+        together = self._gathered(self._together) if self._together else None
         if self.rank != 0:
             return {}
         scaling = {} if self._scale is None else {"loss_scale": torch.stack([self._scale, self._held.float()]).cpu()}
-        return plain_moments(self.module, self._optimizer) | scaling
+        return (plain_moments(self.module, self._optimizer) if together is None else together) | scaling
 
     def restore(self, moments: Mapping[str, Tensor], steps: int) -> None:
         """See `Strategy`."""
         restore_plain_moments(self.module, self._optimizer, moments, steps)
+        for parameter in self._together.others() if self._together else ():
+            del self._optimizer.state[parameter]
         if self._scale is not None and "loss_scale" in moments:
             self._scale.copy_(moments["loss_scale"][0])
             self._held.copy_(moments["loss_scale"][1])
+
+    def _gathered(self, together: SharedStep) -> dict[str, Tensor]:
+        """The moments that workers hold in parts, whole on every worker."""
+        state = self._optimizer.state
+        held = [state.get(parameter, {}) for parameter in self._trained]
+        names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+        found: dict[str, Tensor] = {}
+        for moment in MOMENTS:
+            whole = together.gathered([moments.get(moment) for moments in held])
+            found |= {f"{moment}.{name}": tensor for name, tensor in zip(names, whole, strict=True)}
+        return found
 
 
 class FullySharded:
