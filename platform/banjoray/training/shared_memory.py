@@ -46,13 +46,13 @@ class SharedStep:
             if rank == 0:
                 shared.copy_(parameter.detach())
             parameter.data = shared
-            hook = partial(_keep, WeakMethod(self._keep), number)
+            hook = partial(_called, WeakMethod(self._keep), number)
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         self._wait()
 
     @classmethod
     def among_workers(cls, parameters: Sequence[Tensor]) -> "SharedStep | None":
-        """For those parameters; None where not all workers are on one host, or its memory is too small.
+        """For those parameters, all in fp32; None where not all workers can open one file, as on several hosts.
 
         Every worker calls it, and all get the same answer.
         """
@@ -132,8 +132,8 @@ class SharedStep:
         torch.distributed.all_reduce(self._token)
 
 
-def _keep(method: WeakMethod[Callable[[int, Tensor], None]], number: int, parameter: Tensor) -> None:
-    """A hook that does not hold what it calls: the memory goes with its `SharedStep`."""
+def _called(method: WeakMethod[Callable[[int, Tensor], None]], number: int, parameter: Tensor) -> None:
+    """A parameter's hook, which does not hold what it calls: the memory goes with its `SharedStep`."""
     if keep := method():
         keep(number, parameter)
 
