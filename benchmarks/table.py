@@ -27,6 +27,7 @@ def tables() -> str:
     """One table per results file, speeds first."""
     kinds: dict[str, Callable[[dict[str, Any]], str]] = {
         "train_throughput": throughput,
+        "ray_share": ray_share,
         "train_accuracy": accuracy,
         "search_cost": search,
         "search_gain": gain,
@@ -43,7 +44,10 @@ def tables() -> str:
 
 
 def throughput(result: dict[str, Any]) -> str:
-    """Rows per second, fastest first; the loop outside Ray is told below, since nobody would train with it."""
+    """Rows per second, fastest first, and what a run takes beside its training loop.
+
+    Results of before benchmarks/ray_share.py hold a loop outside Ray, with which nobody would train.
+    """
     contenders = result["contenders"]
     shown = sorted(
         (told for name, told in contenders.items() if name != "banjoray_loop"), key=lambda told: -told["rows_per_s"]
@@ -58,21 +62,24 @@ def throughput(result: dict[str, Any]) -> str:
     for told in shown:
         ratio = f"{ours / told['rows_per_s']:.2f}x" if ours else ""
         lines += [f"| {told['settings']} | {told['rows_per_s']:.0f} | {ratio} | {spread(told)} |"]
-    return "\n".join(lines + ray_lines(result))
+    if "banjoray" in contenders:
+        around = contenders["banjoray"]["wall_s"] - contenders["banjoray"]["loop_s"]
+        lines += [
+            "",
+            f"Starting Ray and its worker, scoring afresh and registering take {around:.0f} s of a run, and are not in "
+            "rows/s.",
+        ]
+    return "\n".join(lines)
 
 
-def ray_lines(result: dict[str, Any]) -> list[str]:
-    """What Ray costs in a step, and what a run takes beside its training loop."""
-    if "ray_share" not in result:
-        return []
-    inside, outside = (result["contenders"][name] for name in ("banjoray", "banjoray_loop"))
-    around = inside["wall_s"] - inside["loop_s"]
-    return [
-        "",
-        f"Ray's share: {result['ray_share']:.1%}; the same loop in a process without Ray makes "
-        f"{outside['rows_per_s']:.0f} rows/s. Starting Ray and its worker, scoring afresh and registering take "
-        f"{around:.0f} s of a run, and are not in rows/s.",
-    ]
+def ray_share(result: dict[str, Any]) -> str:
+    """What Ray costs while a run goes on."""
+    return (
+        f"Ray's share, {result['data']}, on {result['machine']}: {result['ray_share']:.1%} (standard error "
+        f"{result['ray_share_error']:.1%}) of the time that a run takes after start-up. The same "
+        f"{result['compared_steps']} steps, with scores and checkpoints, took {result['seconds_inside']:.0f} s in Ray "
+        f"and {result['seconds_outside']:.0f} s outside, on the same cores, in turns of a second: {result['turns']} each."
+    )
 
 
 def accuracy(result: dict[str, Any]) -> str:

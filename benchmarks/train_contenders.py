@@ -75,31 +75,6 @@ def banjoray(case: Case) -> Told:
     }
 
 
-def banjoray_loop(case: Case) -> Told:
-    """The loop that `banjoray train` runs inside a Ray worker, in this process, without Ray."""
-    import torch
-
-    from banjoray.config.job import JobConfig
-    from banjoray.config.section import validate
-    from banjoray.training.interface import Callbacks
-    from banjoray.training.loop import fit
-    from banjoray.training.preflight import prepare
-
-    torch.set_num_threads(case.threads)
-    config = validate(JobConfig, job(case), "benchmark")
-    ready = prepare(config)
-    run = Path(case.folder, "runs", "outside-ray")
-    began = time.perf_counter()
-    result = fit(config, ready.rows, ready.task, ready.start, str(run), Callbacks())
-    return {
-        "rows_per_s": result.rows_per_s,
-        "accuracy": last_accuracy(run, result.steps),
-        "steps": result.steps,
-        "loop_s": result.seconds,
-        "wall_s": time.perf_counter() - began,
-    }
-
-
 def last_accuracy(run: Path, steps: int) -> float:
     """The score of a run's last checkpoint; its best one, which is what it registers, would flatter it."""
     manifest = run / "checkpoints" / f"step-{steps:08d}" / "checkpoint.json"
@@ -311,7 +286,6 @@ CONTENDERS: dict[str, Callable[[Case], Told]] = {
     "banjoray": banjoray,
     "banjoray_2_workers": banjoray,
     "banjoray_zero2": banjoray,
-    "banjoray_loop": banjoray_loop,
     "trainer": trainer,
     "trainer_tuned": trainer,
     "accelerate_2": accelerate_2,

@@ -29,12 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train_contenders import Case, job
-
-from banjoray.config.job import JobConfig
-from banjoray.config.section import validate
 from banjoray.data.sources import SHIPPED
-from banjoray.training.run import worker_environment
 
 HERE = Path(__file__).parent
 THREADS = os.cpu_count() or 1
@@ -49,7 +44,6 @@ HALF = max(1, THREADS // 2)
 ON_CPU = {
     "banjoray": f"`banjoray train`, 1 worker, {THREADS} threads, defaults",
     "banjoray_2_workers": f"`banjoray train`, 2 workers, {HALF} thread{'s' * (HALF > 1)} each, defaults",
-    "banjoray_loop": f"banjoray's loop outside Ray, {THREADS} threads",
     "trainer": f"Trainer with its defaults (fp32, random batches), {THREADS} threads",
     "trainer_tuned": f"Trainer tuned (bf16 where native, group_by_length), {THREADS} threads",
     "accelerate_2": f"Accelerate loop (bf16 where native), 2 processes, {HALF} thread{'s' * (HALF > 1)} each",
@@ -57,7 +51,6 @@ ON_CPU = {
 ON_GPU = {
     "banjoray": "`banjoray train`, 1 GPU, defaults",
     "banjoray_zero2": "`banjoray train`, 1 GPU, DeepSpeed ZeRO-2",
-    "banjoray_loop": "banjoray's loop outside Ray, 1 GPU",
     "trainer": "Trainer with its defaults (fp32, random batches), 1 GPU",
     "trainer_tuned": "Trainer tuned (bf16 where native, group_by_length), 1 GPU",
 }
@@ -90,7 +83,7 @@ def main() -> int:
         contenders = {name: {key: told[key] for key in keys} for name, told in contenders.items()}
         result |= {"contenders": contenders, "within_half_a_point": agrees}
     else:
-        result |= {"contenders": compared(contenders), "agrees": agrees} | share_of_ray(contenders)
+        result |= {"contenders": compared(contenders), "agrees": agrees}
     if options.accuracy or agrees is not False:
         path = HERE / "results" / f"{result['benchmark']}_{options.name}.json"
         path.parent.mkdir(exist_ok=True)
@@ -184,9 +177,6 @@ def one(name: str, seed: int, options: argparse.Namespace, files: dict[str, str]
             "max_length": MAX_LENGTH,
             "train": TRAIN | {"epochs": options.epochs},
         }
-        if name == "banjoray_loop":
-            # What differs from the run in Ray is to be Ray.
-            environment |= worker_environment(validate(JobConfig, job(Case(**case)), "benchmark"))
         command = [sys.executable, str(HERE / "train_contenders.py"), json.dumps(case)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -238,14 +228,6 @@ def compared(contenders: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
         return contenders
     ours = contenders["banjoray"]["rows_per_s"]
     return {name: told | {"banjoray_is": round(ours / told["rows_per_s"], 3)} for name, told in contenders.items()}
-
-
-def share_of_ray(contenders: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """``ray_share``: the part of its speed that the loop loses inside a Ray worker, from medians."""
-    if not {"banjoray", "banjoray_loop"} <= contenders.keys():
-        return {}
-    inside, outside = (contenders[name]["rows_per_s"] for name in ("banjoray", "banjoray_loop"))
-    return {"ray_share": round(1 - inside / outside, 4)}
 
 
 def facts(options: argparse.Namespace, rows: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 from banjoray.config.job import JobConfig
 from banjoray.config.section import validate
 from banjoray.serving import ingress
+from banjoray.training.local_ray import environment
 from factories import make_job, tiny_model
 
 CPUS = 4
@@ -50,20 +51,20 @@ def local_ray() -> Iterator[None]:
     """A Ray of this test session alone, with more logical CPUs than a small machine has: tiny models wait, not work."""
     import ray
 
-    environment = cpu_environment()
+    told = cpu_environment()
     with pytest.MonkeyPatch.context() as patch:
         # In the test process too, where DeepSpeed and the tokenizers read theirs.
-        for name, value in environment.items():
+        for name, value in told.items():
             patch.setenv(name, value)
         # As `banjoray serve` starts it, so that what tests ask goes through HAProxy where its program is there.
-        with ingress.environment({} if ingress.haproxy() else ingress.fast_path()):
+        with environment({} if ingress.haproxy() else ingress.fast_path()):
             ray.init(
                 address="local",
                 num_cpus=CPUS,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env={"env_vars": environment},
+                runtime_env={"env_vars": told},
             )
         yield
         ray.shutdown()

@@ -11,6 +11,7 @@ import pytest
 
 from banjoray.errors import ClusterError
 from banjoray.serving import app, ingress
+from banjoray.training.local_ray import environment
 
 
 def program(folder: Path) -> Path:
@@ -39,7 +40,7 @@ def test_the_environment_is_there_while_ray_starts_and_gone_after(monkeypatch: p
     before = dict(os.environ)
     values = ingress.fast_path()
     assert values["RAY_SERVE_HAPROXY_METRICS_PORT"] != values["RAY_SERVE_HAPROXY_STATS_PORT"]
-    with ingress.environment(values):
+    with environment(values):
         assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
         assert os.environ["RAY_SERVE_HAPROXY_NBTHREAD"] == "7"
         assert "empty-response" in os.environ["RAY_SERVE_HAPROXY_RETRY_ON"].split()

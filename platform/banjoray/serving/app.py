@@ -25,6 +25,7 @@ from banjoray.serving.engine import load
 from banjoray.serving.replica import Replica
 from banjoray.serving.rollouts import Rollouts
 from banjoray.serving.security import settled_keys
+from banjoray.training.local_ray import environment
 from banjoray.training.signals import kept_sigterm
 from ray import serve
 
@@ -135,7 +136,7 @@ def serving(file: str | Path, port: int | None, say: Callable[[str], None]) -> I
         slow = ingress.haproxy()
         if slow:
             say(f"without HAProxy ({slow}), Serve's own proxy answers a fraction of the requests per second")
-        with kept_sigterm(), ingress.environment(ingress.PRIORITY | ({} if slow else ingress.fast_path())):
+        with kept_sigterm(), environment(ingress.PRIORITY | ({} if slow else ingress.fast_path())):
             ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         # What `serve run FILE` does: the config goes to Serve's controller as it is.

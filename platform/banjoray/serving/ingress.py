@@ -7,8 +7,6 @@ on all interfaces, as Serve has it; they tell how many requests there were, and 
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # Ray's workers give way to everything else on a machine (nice 15). People wait for replicas: beside busy processes
@@ -49,18 +47,6 @@ def fast_path() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
     }
-
-
-@contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Variables of this process while the block runs; one that was set before stays as it is."""
-    fresh = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(fresh)
-    try:
-        yield
-    finally:
-        for name in fresh:
-            os.environ.pop(name, None)
 
 
 def taken(host: str, port: int) -> str:

@@ -23,6 +23,7 @@ from banjoray.tasks.task import Score
 from banjoray.training.checkpoints import Store
 from banjoray.training.export import export
 from banjoray.training.interface import FitResult
+from banjoray.training.local_ray import QUIET, environment
 from banjoray.training.preflight import Ready, prepare
 from banjoray.training.registering import gate_and_register
 from banjoray.training.runs import Run, claim_run
@@ -161,9 +162,9 @@ def cluster(job: JobConfig, say: Say) -> Iterator[None]:
     here = "RAY_ADDRESS" not in os.environ
     # "local": without it, ray.init joins whatever Ray was last started on this machine.
     options: dict[str, Any] = {"address": "local", "include_dashboard": False} if here else {}
-    environment = {"env_vars": worker_environment(job)}
-    with kept_sigterm():
-        ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **options)
+    runtime_env = {"env_vars": worker_environment(job)}
+    with kept_sigterm(), environment(QUIET if here else {}):
+        ray.init(runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR, **options)
     try:
         if here:
             _check_room(job)

@@ -1,0 +1,67 @@
+"""What Ray's own processes are told where a command starts them: of a run's own cluster, and of no other."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ray
+from banjoray.config.job import JobConfig
+from banjoray.config.section import validate
+from banjoray.training.local_ray import QUIET
+from banjoray.training.run import cluster
+
+JOB = {"name": "any", "task": "text-classification", "data": {"source": "banjoray:emotion"}}
+# Where Ray's Python processes keep what they read of QUIET.
+READ = """
+import json
+from ray._private import log_monitor, ray_constants
+from ray.dashboard.modules.reporter import reporter_consts
+print(json.dumps([
+    log_monitor.LOG_NAME_UPDATE_INTERVAL_S,
+    log_monitor.RAY_LOG_MONITOR_MANY_FILES_THRESHOLD,
+    ray_constants.LOG_MONITOR_MAX_OPEN_FILES,
+    reporter_consts.REPORTER_UPDATE_INTERVAL_MS,
+]))
+"""
+
+
+@pytest.mark.parametrize("address", [None, "ray://elsewhere:10001"])
+def test_ray_starts_quiet_for_a_run_and_is_joined_as_it_is(
+    address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, str]] = []
+
+    def stop(**_: Any) -> None:
+        seen.append(dict(os.environ))
+        raise InterruptedError
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", stop)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("RAY_event_stats", "1")
+    before = dict(os.environ)
+    with pytest.raises(InterruptedError), cluster(validate(JobConfig, JOB, "test job"), print):
+        pytest.fail("Ray did not start")
+    told = {} if address else QUIET
+    # What the user has set stays.
+    assert seen == [before | told | {"RAY_event_stats": "1"}]
+    assert dict(os.environ) == before
+
+
+def test_the_ray_that_is_installed_reads_every_variable() -> None:
+    """A Ray that gives one another name would be as loud as before, and nothing else would tell."""
+    run = subprocess.run(
+        [sys.executable, "-c", READ], env=os.environ | QUIET, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert json.loads(run.stdout) == [60.0, 0, 0, 600000]
+    raylet = Path(ray.__file__).parent.joinpath("core/src/ray/raylet/raylet").read_bytes()
+    native = [name for name in QUIET if name.startswith("RAY_") and "LOG_MONITOR" not in name]
+    assert len(native) == 3
+    assert [name for name in native if name.encode() not in raylet] == []
