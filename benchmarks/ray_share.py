@@ -1,4 +1,4 @@
-"""What Ray costs of a run after start-up: one run in Ray and the same outside, in turns of a second on the same cores.
+"""What Ray costs of a run after start-up: one run in Ray and the same outside, in turns of 3 s on the same cores.
 
     python -m benchmarks.ray_share [--train rows.jsonl --validation rows.jsonl] [--name emotion] [--epochs 4]
 
@@ -39,8 +39,8 @@ from banjoray.training.tracking import tracked
 
 ROOT = Path(__file__).parents[1]
 SIDES = ("inside", "outside")
-# Seconds of a turn; steps at the start that are not counted; parts whose shares tell how sure the whole one is.
-TURN, WARM_UP, PARTS = 1.0, 10, 10
+# Seconds of a turn (when one begins, all timers of Ray's processes are due at once); steps at the start that are not counted; parts whose shares tell how sure the whole one is.
+TURN, WARM_UP, PARTS = 3.0, 10, 10
 LEAST_STEPS, LIMIT_S = 50, 3600
 # (begin, end) of each turn, in seconds; (seconds, step) of each moment that was told.
 Turns = list[tuple[float, float]]
@@ -211,6 +211,7 @@ def compared(marks: dict[str, Marks], turns: dict[str, Turns]) -> dict[str, Any]
         "ray_share": round(1 - seconds["outside"] / seconds["inside"], 4),
         "ray_share_error": round(statistics.stdev(shares) / PARTS**0.5, 4),
         "ray_share_of_parts": [round(share, 3) for share in shares],
+        "turn_s": TURN,
     }
 
 

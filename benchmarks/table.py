@@ -78,7 +78,7 @@ def ray_share(result: dict[str, Any]) -> str:
         f"Ray's share, {result['data']}, on {result['machine']}: {result['ray_share']:.1%} (standard error "
         f"{result['ray_share_error']:.1%}) of the time that a run takes after start-up. The same "
         f"{result['compared_steps']} steps, with scores and checkpoints, took {result['seconds_inside']:.0f} s in Ray "
-        f"and {result['seconds_outside']:.0f} s outside, on the same cores, in turns of a second: {result['turns']} each."
+        f"and {result['seconds_outside']:.0f} s outside, on the same cores, in {result['turns']} turns each."
     )
 
 
