@@ -30,6 +30,7 @@ docs: $(VENV)/.test  ## write the generated files of docs: compatibility.md, job
 
 bench: $(VENV)/.test  ## run the benchmarks; results go to benchmarks/results and the README
 	$(BIN)/python -m benchmarks.train_throughput
+	$(BIN)/python -m benchmarks.ray_share
 	$(BIN)/python -m benchmarks.search_cost
 	$(BIN)/python benchmarks/table.py
 

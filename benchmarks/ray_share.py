@@ -39,7 +39,8 @@ from banjoray.training.tracking import tracked
 
 ROOT = Path(__file__).parents[1]
 SIDES = ("inside", "outside")
-# Seconds of a turn (when one begins, all timers of Ray's processes are due at once); steps at the start that are not counted; parts whose shares tell how sure the whole one is.
+# Seconds of a turn: when one begins, all timers of Ray's processes are due at once, which is no part of a run. Steps
+# at the start that are not counted; parts whose shares tell how sure the whole one is.
 TURN, WARM_UP, PARTS = 3.0, 10, 10
 LEAST_STEPS, LIMIT_S = 50, 3600
 # (begin, end) of each turn, in seconds; (seconds, step) of each moment that was told.
@@ -64,8 +65,9 @@ def main() -> int:
         return 0
     options.repeats, options.accuracy = 1, False
     with tempfile.TemporaryDirectory() as folder:
-        rows = first_rows(options.train, options.rows, Path(folder, "train.jsonl"))
-        files = {"train": rows, "validation": str(Path(options.validation).resolve())}
+        train_file = first_rows(options.train, options.rows, Path(folder, "train.jsonl"))
+        rows = len(Path(train_file).read_text(encoding="utf-8").splitlines())
+        files = {"train": train_file, "validation": str(Path(options.validation).resolve())}
         settings = TRAIN | {"epochs": options.epochs}
         cases = {
             name: Case("banjoray", 1, THREADS, options.gpu, f"{folder}/{name}", files, MAX_LENGTH, settings)
@@ -77,8 +79,9 @@ def main() -> int:
             print(f"the sides end differently, so nothing is told: {ended}", file=sys.stderr)
             return 1
         marks = {name: read_marks(Path(case.folder, "marks.txt")) for name, case in cases.items()}
+    # What of a throughput's facts is true of this too.
     kept = ("data", "machine", "load_before", "versions", "commit", "settings")
-    result = {"benchmark": "ray_share"} | {key: facts(options, options.rows)[key] for key in kept}
+    result = {"benchmark": "ray_share"} | {key: facts(options, rows)[key] for key in kept}
     result |= ended["inside"] | compared(marks, turns)
     path = ROOT / "benchmarks" / "results" / f"ray_share_{options.name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
