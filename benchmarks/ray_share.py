@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+import torch
 from benchmarks.train_contenders import Case, job, last_accuracy
 from benchmarks.train_throughput import MAX_LENGTH, THREADS, TRAIN, facts, first_rows
 
@@ -103,6 +104,7 @@ def side(name: str, case: Case) -> None:
             run, steps = Path(config.storage, told.run_id), told.steps
         else:
             run = Path(config.storage, "outside-ray")
+            torch.set_num_threads(case.threads)
             ready = prepare(config)
             with tracked(config, str(run), Callbacks(watch=mark)) as watched:
                 steps = fit(config, ready.rows, ready.task, ready.start, str(run), watched).steps
