@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -60,11 +61,11 @@ def main() -> int:
     parser.add_argument("--gpu", action="store_true", help="on one GPU instead of the CPU")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.set_defaults(repeats=1, accuracy=False)
     options = parser.parse_args()
     if options.side:
         side(options.side, Case(**json.loads(options.case)))
         return 0
-    options.repeats, options.accuracy = 1, False
     with tempfile.TemporaryDirectory() as folder:
         train_file = first_rows(options.train, options.rows, Path(folder, "train.jsonl"))
         rows = len(Path(train_file).read_text(encoding="utf-8").splitlines())
@@ -74,15 +75,16 @@ def main() -> int:
             name: Case("banjoray", 1, THREADS, options.gpu, f"{folder}/{name}", files, MAX_LENGTH, settings)
             for name in SIDES
         }
+        # Before anything runs, so that the load is that of others.
+        told = facts(options, rows)
         turns = taken(cases)
         ended = {name: json.loads(Path(case.folder, "ended.json").read_text()) for name, case in cases.items()}
         if ended["inside"] != ended["outside"]:
             print(f"the sides end differently, so nothing is told: {ended}", file=sys.stderr)
             return 1
         marks = {name: read_marks(Path(case.folder, "marks.txt")) for name, case in cases.items()}
-    # What of a throughput's facts is true of this too.
     kept = ("data", "machine", "load_before", "versions", "commit", "settings")
-    result = {"benchmark": "ray_share"} | {key: facts(options, rows)[key] for key in kept}
+    result = {"benchmark": "ray_share"} | {key: told[key] for key in kept}
     result |= ended["inside"] | compared(marks, turns)
     path = ROOT / "benchmarks" / "results" / f"ray_share_{options.name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -115,74 +117,66 @@ def taken(cases: dict[str, Case]) -> dict[str, Turns]:
     """Both sides started, and run in turns to their end: when each had its turns, on the clock of their marks."""
     turns: dict[str, Turns] = {name: [] for name in SIDES}
     sides: dict[str, subprocess.Popen[bytes]] = {}
+    deadline = time.monotonic() + LIMIT_S
     try:
         for name, case in cases.items():
             sides[name] = started(name, case)
-            suspend(sides[name])
+            await_steps(name, case, sides[name], deadline)
+            send(sides[name], signal.SIGSTOP)
         order = random.Random(0)
-        deadline = time.monotonic() + LIMIT_S
         while all(each.poll() is None for each in sides.values()):
             if time.monotonic() > deadline:
                 raise SystemExit(f"the sides did not end within {LIMIT_S} s")
             for name in order.sample(SIDES, len(SIDES)):
                 began = time.monotonic()
-                resume(sides[name])
+                send(sides[name], signal.SIGCONT)
                 time.sleep(TURN)
-                suspend(sides[name])
+                send(sides[name], signal.SIGSTOP)
                 turns[name].append((began, time.monotonic()))
         for each in sides.values():
-            resume(each)
+            send(each, signal.SIGCONT)
         if any(each.wait(LIMIT_S) for each in sides.values()):
             raise SystemExit("a side failed: see above")
     finally:
         for each in sides.values():
-            resume(each)
+            send(each, signal.SIGCONT)
+            # It ends the Ray that it started.
             each.terminate()
+        for each in sides.values():
             each.wait(60)
     return turns
 
 
 def started(name: str, case: Case) -> subprocess.Popen[bytes]:
-    """A side in its first steps, in a process of its own."""
-    marks = Path(case.folder, "marks.txt")
-    marks.parent.mkdir()
+    """A side, in a process of its own."""
+    Path(case.folder).mkdir()
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"HF_HUB_OFFLINE": "1"}
     if name == "outside":
         # What differs is to be Ray: `train` gives this environment to the worker.
         environment |= worker_environment(validate(JobConfig, job(case), "benchmark"))
     command = [sys.executable, "-m", "benchmarks.ray_share", "--side", name, "--case", json.dumps(asdict(case))]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
+
+
+def await_steps(name: str, case: Case, process: subprocess.Popen[bytes], deadline: float) -> None:
+    """Return when a side is in its first steps."""
+    marks = Path(case.folder, "marks.txt")
     while not (marks.exists() and marks.stat().st_size):
-        if process.poll() is not None:
-            raise SystemExit(f"{name} ended before its first step: see above")
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit(f"{name} did not come to its first step: see above")
         time.sleep(0.2)
-    return process
 
 
-def family(process: subprocess.Popen[bytes]) -> list[Any]:
-    """A process and all that it started, itself first; none if it has ended."""
+def send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """A signal to a side and to all that it started; to none that has ended."""
     try:
         first = psutil.Process(process.pid)
-        return [first, *first.children(recursive=True)]
+        family = [first, *first.children(recursive=True)]
     except psutil.NoSuchProcess:
-        return []
-
-
-def suspend(process: subprocess.Popen[bytes]) -> None:
-    """Stop a side."""
-    signal_all(process, "suspend")
-
-
-def resume(process: subprocess.Popen[bytes]) -> None:
-    """Let a side go on."""
-    signal_all(process, "resume")
-
-
-def signal_all(process: subprocess.Popen[bytes], name: str) -> None:
-    """Call a method of each of a side's processes; one that ends meanwhile needs nothing."""
-    for each in family(process):
+        return
+    for each in family:
         try:
-            getattr(each, name)()
+            each.send_signal(number)
         except psutil.NoSuchProcess:
             continue
 

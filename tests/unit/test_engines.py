@@ -115,11 +115,12 @@ def test_the_graph_in_int8_runs_and_is_near(made: tuple[Made, Any]) -> None:
     apart = max(float(np.abs(a - b).max()) for a, b in zip(short, plain, strict=True))
     size = max(float(np.abs(a).max()) for a in plain)
     assert 0 < apart < 0.2 * max(1.0, size)
-    names = [node.name for node in load_graph(found.models.cache / "int8.onnx").graph.node]
+    int8_file = f"int8-{int8.bits()}bit.onnx"
+    names = [node.name for node in load_graph(found.models.cache / int8_file).graph.node]
     # By what the probe rows show.
     assert any(name.endswith("/even") for name in names)
     files = {path.name for path in found.models.cache.iterdir()}
-    assert {"fp32.onnx", "fp32.onnx.sha256", "int8.onnx", "int8.onnx.sha256"} <= files
+    assert {"fp32.onnx", "fp32.onnx.sha256", int8_file, f"{int8_file}.sha256"} <= files
 
 
 def test_bf16_on_a_cpu_that_has_it_is_packed(made: tuple[Made, Any]) -> None:

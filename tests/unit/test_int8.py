@@ -113,6 +113,28 @@ def test_a_row_that_is_larger_than_the_others_costs_them_little_where_it_becomes
     assert np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize(
+    ("able", "bits"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_vnni": False, "avx_vnni": False}, 7),
+        ({"architecture": "x86_64", "avx512_vnni": True, "avx_vnni": False}, 8),
+        ({"architecture": "x86_64", "avx512_vnni": False, "avx_vnni": True}, 8),
+        ({"architecture": "aarch64"}, 8),
+    ],
+)
+def test_weights_have_the_bits_that_the_processor_multiplies_without_overflow(
+    able: dict[str, Any], bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    onnx.save(graph(), tmp_path / "graph.onnx")
+    to_int8(tmp_path / "graph.onnx", tmp_path / "int8.onnx", None)
+    stored = [numpy_helper.to_array(one) for one in onnx.load(tmp_path / "int8.onnx").graph.initializer]
+    weights = [one for one in stored if one.dtype == np.int8 and one.ndim == 2]
+    assert len(weights) == 2
+    # Each column is rounded so that its largest cell takes what there is.
+    assert {int(np.abs(one.astype(int)).max()) for one in weights} == {2 ** (bits - 1) - (bits == 8)}
+
+
 def test_products_are_in_int8_and_a_head_is_not(tmp_path: Path) -> None:
     apart(graph(), cells(), tmp_path, seen=cells())
     made = onnx.load(tmp_path / "int8.onnx").graph

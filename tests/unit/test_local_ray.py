@@ -28,6 +28,17 @@ print(json.dumps([
     reporter_consts.REPORTER_UPDATE_INTERVAL_MS,
 ]))
 """
+# A run's own cluster, and the variables that its processes have.
+START = """
+import json
+import psutil
+from banjoray.config.job import JobConfig
+from banjoray.config.section import validate
+from banjoray.training.run import cluster
+with cluster(validate(JobConfig, json.loads(JOB), "test job"), print):
+    started = psutil.Process().children(recursive=True)
+    print(json.dumps([[" ".join(each.cmdline()), each.environ()] for each in started]))
+"""
 
 
 @pytest.mark.parametrize("address", [None, "ray://elsewhere:10001"])
@@ -55,13 +66,27 @@ def test_ray_starts_quiet_for_a_run_and_is_joined_as_it_is(
     assert dict(os.environ) == before
 
 
+def test_the_processes_of_a_run_s_own_ray_are_told_to_be_quiet() -> None:
+    loud = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS" and name not in QUIET}
+    code = START.replace("JOB", repr(json.dumps(JOB | {"scale": {"cpus_per_worker": 1}})))
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=loud, capture_output=True, text=True, check=True, timeout=240
+    )
+    started: list[tuple[str, dict[str, str]]] = json.loads(run.stdout.splitlines()[-1])
+    for name in ("gcs_server", "raylet/raylet", "log_monitor.py"):
+        told = [environment for command, environment in started if name in command.split("--")[0]]
+        assert told
+        assert all(QUIET.items() <= environment.items() for environment in told)
+
+
 def test_the_ray_that_is_installed_reads_every_variable() -> None:
     """A Ray that gives one another name would be as loud as before, and nothing else would tell."""
     run = subprocess.run(
         [sys.executable, "-c", READ], env=os.environ | QUIET, capture_output=True, text=True, check=True, timeout=120
     )
     assert json.loads(run.stdout) == [60.0, 0, 0, 600000]
+    # As whole words between the zeros of C: one of these is how another begins.
     raylet = Path(ray.__file__).parent.joinpath("core/src/ray/raylet/raylet").read_bytes()
     native = [name for name in QUIET if name.startswith("RAY_") and "LOG_MONITOR" not in name]
-    assert len(native) == 3
-    assert [name for name in native if name.encode() not in raylet] == []
+    assert len(native) + len(json.loads(run.stdout)) == len(QUIET)
+    assert [name for name in native if f"\0{name}\0".encode() not in raylet] == []

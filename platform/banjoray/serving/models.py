@@ -64,7 +64,8 @@ class Models:
         if precision == "fp32":
             return plain
         return kept_file(
-            self.cache / "int8.onnx",
+            # Machines that share a registry may differ in it.
+            self.cache / f"int8-{int8.bits()}bit.onnx",
             lambda file: int8.to_int8(plain, file, self.probe.outputs if self.probe is not None else None),
         )
 
