@@ -37,6 +37,7 @@ ODD = (
 )
 
 Open = Callable[..., Page]
+Hold = Callable[[int], Held]
 
 
 @pytest.fixture(scope="module")
@@ -198,14 +199,36 @@ def test_texts_are_compared_and_more_can_be_added_and_removed(opened: Open, site
     assert shown == [pytest.approx(row, abs=0.0051) for row in cosines]
 
 
-def test_a_text_is_shown_while_it_is_written(opened: Open, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held(monkeypatch, site.made["writer"].engine, until=5)
+@pytest.fixture
+def hold(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hold]:
+    """Lets the writer's model stop after some tokens; at the end, it goes on."""
+    made: list[Held] = []
+
+    def hold_(until: int) -> Held:
+        made.append(Held(monkeypatch, site.made["writer"].engine, until))
+        return made[-1]
+
+    yield hold_
+    for held in made:
+        held.may.set()
+
+
+def begins(site: Site, prompt: str, tokens: int) -> str:
+    """The text of the first ``tokens`` that the writer writes, which the last of them made longer."""
+    (whole,) = site.ask("writer", prompt, max_new_tokens=tokens, details=True)
+    texts = ["" if token["special"] else token["text"] for token in whole["details"]["tokens"]]
+    assert len(texts) == tokens
+    assert texts[-1]
+    return "".join(texts)
+
+
+def test_a_text_is_shown_while_it_is_written(opened: Open, site: Site, hold: Hold) -> None:
+    held = hold(5)
     page = opened("writer")
     type_(page, "Prompt", "one two")
     type_(page, "Most new tokens", "8")
     (whole,) = site.ask("writer", "one two", max_new_tokens=8, details=True)
-    first = "".join(token["text"] for token in whole["details"]["tokens"][:5] if not token["special"])
-    assert first
+    first = begins(site, "one two", 5)
     assert first != whole["generated_text"]
     page.keyboard.press("Control+Enter")
     expect(page.get_by_role("status")).to_have_text("Writing")
@@ -223,14 +246,15 @@ def test_a_text_is_shown_while_it_is_written(opened: Open, site: Site, monkeypat
 
 
 @pytest.mark.parametrize("by", ["Escape", "Stop"])
-def test_stopping_ends_the_writing_at_the_server(
-    opened: Open, site: Site, monkeypatch: pytest.MonkeyPatch, by: str
-) -> None:
-    held = Held(monkeypatch, site.made["writer"].engine, until=2)
+def test_stopping_ends_the_writing_at_the_server(opened: Open, site: Site, hold: Hold, by: str) -> None:
+    held = hold(2)
     page = opened("writer")
+    type_(page, "Prompt", "one two")
     type_(page, "Most new tokens", "30")
+    first = begins(site, "one two", 2)
     page.keyboard.press("Control+Enter")
     expect(page.get_by_role("status")).to_have_text("Writing")
+    expect(page.locator(".written")).to_have_text(first)
     if by == "Escape":
         page.keyboard.press("Escape")
     else:
@@ -245,10 +269,8 @@ def test_stopping_ends_the_writing_at_the_server(
     assert page.get_by_role("button", name="Send").is_enabled()
 
 
-def test_a_stream_that_breaks_off_leaves_what_was_written_and_says_so(
-    opened: Open, site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held = Held(monkeypatch, site.made["writer"].engine, until=4)
+def test_a_stream_that_breaks_off_leaves_what_was_written_and_says_so(opened: Open, hold: Hold) -> None:
+    held = hold(4)
     page = opened("writer")
     page.keyboard.press("Control+Enter")
     expect(page.get_by_role("status")).to_have_text("Writing")
