@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -117,32 +118,65 @@ def fit_on_ray(job: JobConfig, run: str, watch: Watch, callbacks: Sequence[Any] 
 
 
 @ray.remote
-class _LoneWorker(_Board):
-    """The worker of a run that has no other, and its own board: `run` has one of its threads, the board the other."""
+class _LoneWorker:
+    """The worker of a run that has no other: `run` says how far it is, `result` what it left or what it failed of.
+
+    One method at a time: with more, the main thread of an actor looks for signals 100 times a second (decision 0017).
+    """
 
     def __init__(self) -> None:
-        super().__init__()
-        # Here is the main thread, where signals arrive.
+        # Here is the main thread, where signals arrive; the loop runs in another.
         catch_sigterm()
+        self._pool = ThreadPoolExecutor(1)
 
-    def run(self, job: JobConfig, run: str, exact: bool) -> FitResult:
-        return _work(job, run, self, exact)
+    def run(self, job: JobConfig, run: str, exact: bool) -> Iterator[Moment | None]:
+        board = _Board()
+        self._ended = self._pool.submit(_work, job, run, board, exact)
+        # Says that it runs: what is cancelled before is never started.
+        seen: Moment | None = None
+        yield seen
+        done = False
+        while not done:
+            done = bool(wait([self._ended], timeout=0.5).done)
+            if ray.get_runtime_context().is_canceled():
+                board.stop()
+            latest = board.latest()
+            if latest is not None and latest != seen:
+                seen = latest
+                yield seen
+
+    def result(self) -> FitResult:
+        return self._ended.result()
+
+
+def _follow(stream: Any, watch: Watch, told: threading.Event) -> None:
+    """Show what a lone worker says until it has ended, and pass a SIGTERM on as a wish."""
+    runs = asked = False
+    while True:
+        if runs and told.is_set() and not asked:
+            ray.cancel(stream)
+            asked = True
+        if not ray.wait([stream], timeout=0.5)[0]:
+            continue
+        try:
+            moment = ray.get(next(stream))
+        except (StopIteration, ray.exceptions.TaskCancelledError):
+            return
+        runs = True
+        if moment is not None:
+            watch(moment)
 
 
 def _fit_alone(job: JobConfig, run: str, watch: Watch, exact: bool) -> FitResult:
     scale = job.scale
-    options = {"num_cpus": scale.cpus_per_worker, "num_gpus": scale.gpus_per_worker, "max_concurrency": 2}
+    options = {"num_cpus": scale.cpus_per_worker, "num_gpus": scale.gpus_per_worker}
     failures = 0
     with sigterm_is_a_wish() as told:
-        window = _Window(watch, told)
         while True:
             worker = _LoneWorker.options(**options).remote()  # type: ignore[attr-defined]
-            ended = worker.run.remote(job, run, exact)
             try:
-                while not ray.wait([ended], timeout=0.5)[0]:
-                    window.look(worker)
-                result: FitResult = ray.get(ended)
-                window.look(worker)
+                _follow(worker.run.options(num_returns="streaming").remote(job, run, exact), watch, told)
+                result: FitResult = ray.get(worker.result.remote())
                 if told.is_set() or not result.stopped:
                     return result
                 reason = "it got a SIGTERM"
