@@ -1,6 +1,6 @@
-"""What Ray costs of a run after start-up: one run in Ray and the same outside, in turns of 3 s on the same cores.
+"""What Ray costs of a run after start-up: one run in Ray and the same outside, in turns of 10 s on the same cores.
 
-    python -m benchmarks.ray_share [--train rows.jsonl --validation rows.jsonl] [--name emotion] [--epochs 4]
+    python -m benchmarks.ray_share [--train rows.jsonl --validation rows.jsonl] [--name emotion] [--epochs 8]
 
 Both sides train the same model on the same rows with one worker and all cores: `banjoray.training.run.train` with its
 driver, Ray's own processes and the worker, and banjoray's loop in a process without Ray. While one side has its turn,
@@ -41,9 +41,9 @@ from banjoray.training.tracking import tracked
 
 ROOT = Path(__file__).parents[1]
 SIDES = ("inside", "outside")
-# Seconds of a turn: when one begins, all timers of Ray's processes are due at once, which is no part of a run. Steps
-# at the start that are not counted; parts whose shares tell how sure the whole one is.
-TURN, WARM_UP, PARTS = 3.0, 10, 10
+# Seconds of a turn: when one begins, all timers of Ray's processes are due at once, which is no part of a run, and the
+# shorter turns are, the more of it is measured. Steps at the start that are not counted; parts whose shares tell how sure the whole one is.
+TURN, WARM_UP, PARTS = 10.0, 10, 10
 LEAST_STEPS, LIMIT_S = 50, 3600
 # (begin, end) of each turn, in seconds; (seconds, step) of each moment that was told.
 Turns = list[tuple[float, float]]
@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("--train", default=str(SHIPPED / "emotion/train.jsonl"), help="JSON Lines file")
     parser.add_argument("--validation", default=str(SHIPPED / "emotion/validation.jsonl"), help="JSON Lines file")
     parser.add_argument("--rows", type=int, default=2000, help="the first so many train rows")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--name", default="sample", help="what the results call the data")
     parser.add_argument("--gpu", action="store_true", help="on one GPU instead of the CPU")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
