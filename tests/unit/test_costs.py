@@ -1,6 +1,7 @@
 """What passes cost decides what goes together: fitted from measurements, and batches by fake costs, without a clock."""
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Sequence
 
@@ -151,6 +152,38 @@ def test_a_row_is_passed_for_so_long_as_its_own_cost_says_and_no_longer() -> Non
     spent = sum(CELLS(len(batch), max(batch)) for batch in before)
     # One pass may begin just before the row is due.
     assert spent <= PATIENCE * CELLS(1, 400) + 0.1
+
+
+def test_between_long_rows_that_are_due_shorter_ones_have_as_much_time() -> None:
+    now, going = [0.0], True
+    took: list[tuple[int, float]] = []
+
+    def forward(rows: Sequence[str]) -> list[str]:
+        longest = max(map(len, rows))
+        took.append((longest, CELLS(len(rows), longest)))
+        now[0] += took[-1][1]
+        return list(rows)
+
+    async def scene() -> None:
+        nonlocal going
+        batcher: Batcher[str, str] = Batcher(forward, 10**6, CELLS, 0.1, clock=lambda: now[0])
+
+        async def short() -> None:
+            while going:
+                await batcher.outputs(["s" * 10])
+
+        others = [asyncio.create_task(short()) for _ in range(40)]
+        await asyncio.gather(*(batcher.outputs(["l" * 400]) for _ in range(4)))
+        going = False
+        await asyncio.gather(*others)
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+    long = [number for number, (longest, _) in enumerate(took) if longest == 400]
+    assert len(long) == 4
+    for earlier, later in itertools.pairwise(long):
+        shorter = [seconds for _, seconds in took[earlier + 1 : later]]
+        # No less, and nothing more begins when they have had it.
+        assert sum(shorter) >= took[earlier][1] > sum(shorter[:-1])
 
 
 def test_rows_of_one_length_keep_their_order_under_any_cost() -> None:
