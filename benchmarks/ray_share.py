@@ -42,7 +42,8 @@ from banjoray.training.tracking import tracked
 ROOT = Path(__file__).parents[1]
 SIDES = ("inside", "outside")
 # Seconds of a turn: when one begins, all timers of Ray's processes are due at once, which is no part of a run, and the
-# shorter turns are, the more of it is measured. Steps at the start that are not counted; parts whose shares tell how sure the whole one is.
+# shorter turns are, the more of it is measured. Steps at the start that are not counted; parts whose shares tell how
+# sure the whole one is.
 TURN, WARM_UP, PARTS = 10.0, 10, 10
 LEAST_STEPS, LIMIT_S = 50, 3600
 # (begin, end) of each turn, in seconds; (seconds, step) of each moment that was told.
