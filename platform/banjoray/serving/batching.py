@@ -6,8 +6,8 @@ pass that it saves. With nobody else waiting, a row starts at once. Where more w
 handed to the thread while one runs.
 
 A row is due when it has come plus a few times what it costs alone, in predicted seconds of passes made: short rows pass
-a long one, but only for so long. Where several long ones are due, shorter rows have as much time after each. Where
-passes have no cost, that is the order in which rows come.
+a long one, but only for so long. After a row that takes longer than a pass should, others have as much time, though
+more of its kind are due. Where passes have no cost, that is the order in which rows come.
 
 A stream has the thread to itself from its first piece to its last: rows and other streams wait for its end, as they do
 for that of a pass. It begins when the pass that runs has ended, after streams that were asked for before it.
@@ -75,14 +75,6 @@ class _Waiting(Generic[Row, Output]):
 
 
 @dataclass
-class _Rest:
-    """After a pass of rows of some ``length``: until when, on the clock of passes, shorter ones go before others."""
-
-    length: int = 0
-    until: float = 0.0
-
-
-@dataclass
 class _Handed(Generic[Row, Output]):
     """A batch that the thread has, and what comes of it."""
 
@@ -116,7 +108,8 @@ class Batcher(Generic[Row, Output]):
         # By when they are due; the predicted seconds of all passes made so far are the clock.
         self._waiting: list[_Waiting[Row, Output]] = []
         self._spent = 0.0
-        self._rest = _Rest()
+        # Until then, on that clock, long rows let others go first.
+        self._rest = 0.0
         self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="banjoray-forward")
         self._worker: asyncio.Task[None] | None = None
 
@@ -224,30 +217,23 @@ class Batcher(Generic[Row, Output]):
             if not self._waiting[seen].output.done():
                 window.append(self._waiting[seen])
             seen += 1
-        if window:
-            window.insert(0, window.pop(self._first([len(waiting.row) for waiting in window])))
+        most = self._limits.most_s(self._cost)
+        if window and self._spent < self._rest:
+            short = (number for number, waiting in enumerate(window) if self._cost(1, len(waiting.row)) <= most)
+            window.insert(0, window.pop(next(short, 0)))
         lengths = [len(waiting.row) for waiting in window]
         chosen = batch_of(lengths, self._cost, self._limits)
         taken = set(chosen)
         self._waiting[:seen] = [waiting for number, waiting in enumerate(window) if number not in taken]
         if chosen:
-            longest = max(lengths[number] for number in chosen)
-            took = self._cost(len(chosen), longest)
+            took = self._cost(len(chosen), max(lengths[number] for number in chosen))
             self._spent += took
-            if self._spent >= self._rest.until or 2 * longest > self._rest.length:
-                self._rest = _Rest(longest, self._spent + took)
+            if took > most:
+                self._rest = self._spent + took
         batch = [window[number] for number in chosen]
         for waiting in batch:
             waiting.waits = False
         return batch
-
-    def _first(self, lengths: Sequence[int]) -> int:
-        """Which of some rows, in the order in which they are due, starts the next batch."""
-        if self._spent < self._rest.until:
-            for number, length in enumerate(lengths):
-                if 2 * length <= self._rest.length:
-                    return number
-        return 0
 
 
 @dataclass(frozen=True)
@@ -256,6 +242,10 @@ class Limits:
 
     max_tokens: int
     target_s: float = math.inf
+
+    def most_s(self, cost: Costs) -> float:
+        """Up to how many predicted seconds rows join a pass, under a cost."""
+        return max(self.target_s, FIXED_PARTS * cost(0, 0))
 
 
 def batch_of(lengths: Sequence[int], cost: Costs, limits: Limits) -> list[int]:
@@ -267,7 +257,7 @@ def batch_of(lengths: Sequence[int], cost: Costs, limits: Limits) -> list[int]:
     if not lengths:
         return []
     fixed = cost(0, 0)
-    most = max(limits.target_s, FIXED_PARTS * fixed)
+    most = limits.most_s(cost)
     first = lengths[0]
     others = range(1, len(lengths))
     shorter = sorted((row for row in others if lengths[row] <= first), key=lambda row: -lengths[row])
