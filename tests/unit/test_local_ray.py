@@ -35,9 +35,15 @@ import psutil
 from banjoray.config.job import JobConfig
 from banjoray.config.section import validate
 from banjoray.training.run import cluster
+found = []
 with cluster(validate(JobConfig, json.loads(JOB), "test job"), print):
-    started = psutil.Process().children(recursive=True)
-    print(json.dumps([[" ".join(each.cmdline()), each.environ()] for each in started]))
+    for each in psutil.Process().children(recursive=True):
+        try:
+            found.append([" ".join(each.cmdline()), each.environ()])
+        except psutil.NoSuchProcess:
+            # Some help Ray to start, and end.
+            continue
+print(json.dumps(found))
 """
 
 
