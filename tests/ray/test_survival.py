@@ -22,7 +22,7 @@ from torch import Tensor
 
 import banjoray
 from banjoray.config.job import JobConfig
-from banjoray.errors import TrainingFailed
+from banjoray.errors import Stopped, TrainingFailed
 from banjoray.registry import Registry
 from banjoray.training.checkpoints import Store
 from banjoray.training.interface import Moment
@@ -355,6 +355,31 @@ def test_run_of_one_worker_goes_on_by_itself_after_a_signal_and_ends_bit_for_bit
     assert "going on from step-" in seen[-1].note
     assert _different(_last(run), undisturbed_alone[1]) == []
     assert _working(LONE) == []
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_run_of_one_worker_whose_driver_gets_a_sigterm_ends_with_a_checkpoint_and_goes_on_bit_for_bit(
+    undisturbed_alone: tuple[JobConfig, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    places = {"storage": str(tmp_path / "runs"), "registry.root": str(tmp_path / "registry")}
+    job = undisturbed_alone[0].with_values(places)
+    asked: list[int] = []
+
+    def watch(moment: Moment) -> None:
+        if moment.step > 6 and not asked:
+            asked.append(moment.step)
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="was told to end and has a checkpoint of step") as ended:
+        banjoray.train(job, watch=watch)
+    step = int(str(ended.value).split("of step ")[1].split(";")[0])
+    assert asked[0] <= step < 6 * LONG
+    assert psutil.wait_procs(_working(LONE), timeout=30)[1] == []
+    seen: list[Moment] = []
+    banjoray.train(job, watch=seen.append)
+    assert f"going on from step-{step:08d}" in seen[-1].note
+    (run,) = (tmp_path / "runs").glob("tiny-*")
+    assert _different(_last(run), undisturbed_alone[1]) == []
 
 
 @pytest.mark.usefixtures("local_ray")

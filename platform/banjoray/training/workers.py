@@ -132,18 +132,20 @@ class _LoneWorker:
     def run(self, job: JobConfig, run: str, exact: bool) -> Iterator[Moment | None]:
         board = _Board()
         self._ended = self._pool.submit(_work, job, run, board, exact)
-        # Says that it runs: what is cancelled before is never started.
         seen: Moment | None = None
-        yield seen
-        done = False
-        while not done:
-            done = bool(wait([self._ended], timeout=0.5).done)
-            if ray.get_runtime_context().is_canceled():
-                board.stop()
-            latest = board.latest()
-            if latest is not None and latest != seen:
-                seen = latest
-                yield seen
+        try:
+            # Says that it runs: what is cancelled before is never started.
+            yield seen
+            done = False
+            while not done and not ray.get_runtime_context().is_canceled():
+                done = bool(wait([self._ended], timeout=0.5).done)
+                latest = board.latest()
+                if latest is not None and latest != seen:
+                    seen = latest
+                    yield seen
+        finally:
+            # It has ended, or is to end: Ray also closes a generator that is cancelled while a moment is on its way.
+            board.stop()
 
     def result(self) -> FitResult:
         return self._ended.result()
