@@ -5,7 +5,18 @@ import pytest
 
 from banjoray.config.section import validate
 from banjoray.config.train import TrainConfig
-from banjoray.data.batches import batches_of, epoch_batches, shares, sorted_batches, token_batches
+from banjoray.data.batches import (
+    batches_of,
+    epoch_batches,
+    padded,
+    rounded_up,
+    shares,
+    sorted_batches,
+    targets_of,
+    token_batches,
+    width_of,
+)
+from banjoray.data.tokens import IGNORED, Tokens
 
 TOKENS = [(0, 100), (1, 1), (2, 100), (7, 30), (97, 128), (1000, 1024), (3001, 4096), (3001, 10**7)]
 SIZES = [(1, 1), (5, 8), (8, 8), (97, 8), (1000, 32), (3001, 16)]
@@ -196,3 +207,36 @@ def test_a_row_longer_than_the_budget_goes_alone() -> None:
 
 def test_no_rows_make_no_batches() -> None:
     assert sorted_batches(np.array([], dtype=np.int64), 10) == []
+
+
+def test_numbers_are_rounded_up_to_eight_between_two_powers_of_two() -> None:
+    for low in (64, 128, 4096):
+        found = {rounded_up(number, 4) for number in range(low + 1, 2 * low + 1)}
+        assert found == {low + low // 8 * part for part in range(1, 9)}
+    assert [rounded_up(number, 4) for number in (0, 1, 4, 5, 31, 33)] == [0, 4, 4, 8, 32, 36]
+    assert [rounded_up(number, 16) for number in (1, 16, 17, 129, 1025)] == [16, 16, 32, 144, 1152]
+
+
+def test_coarse_widths_hold_every_row_and_are_never_above_the_longest_of_all() -> None:
+    for longest in range(1, 71):
+        lengths = np.array([1, longest])
+        assert width_of(lengths, False, 70) == longest
+        assert longest <= width_of(lengths, True, 70) <= 70
+    assert len({width_of(np.array([longest]), True, 70) for longest in range(1, 71)}) <= 18
+
+
+def test_wider_batches_hold_the_same_cells_and_padding() -> None:
+    offsets = np.array([0, 3, 8, 17])
+    streams = {"input_ids": np.arange(1, 18, dtype=np.int32)}
+    tokens = Tokens(streams, offsets, np.arange(17), target_offsets=offsets)
+    rows = np.array([1, 0])
+    narrow, wide = padded(tokens, rows, 99), padded(tokens, rows, 99, 8)
+    assert wide["input_ids"].shape == wide["attention_mask"].shape == (2, 8)
+    np.testing.assert_array_equal(wide["input_ids"][:, :5], narrow["input_ids"])
+    np.testing.assert_array_equal(wide["attention_mask"][:, :5], narrow["attention_mask"])
+    assert (wide["input_ids"][:, 5:] == 99).all()
+    assert not wide["attention_mask"][:, 5:].any()
+    targets = targets_of(tokens, rows, coarse=True)
+    np.testing.assert_array_equal(targets[:, :5], targets_of(tokens, rows))
+    assert targets.shape == (2, 8)
+    assert (targets[:, 5:] == IGNORED).all()

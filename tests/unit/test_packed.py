@@ -22,7 +22,7 @@ def layers(dtype: torch.dtype = FP32) -> nn.Sequential:
     return nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 7, bias=False)).to(dtype)
 
 
-@pytest.mark.parametrize("shape", [(48,), (3, 48), (2, 5, 48), (4, 1, 48), (0, 5, 48)])
+@pytest.mark.parametrize("shape", [(48,), (3, 48), (2, 5, 48), (2, 8, 48), (4, 1, 48), (0, 5, 48), (3, 47, 48)])
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
 def test_packed_layers_give_what_plain_ones_give(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if dtype != FP32 and not native_bf16("cpu"):
@@ -37,6 +37,22 @@ def test_packed_layers_give_what_plain_ones_give(shape: tuple[int, ...], dtype: 
     assert (given.shape, given.dtype) == (wanted.shape, dtype)
     near = 1e-5 if dtype == FP32 else 2e-2
     assert torch.allclose(given.float(), wanted.float(), rtol=near, atol=near)
+
+
+def test_products_of_many_lengths_are_of_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, product = layers(), torch.ops.mkldnn._linear_pointwise
+    pack(model, FP32)
+    shapes: set[int] = set()
+
+    def counting(states: torch.Tensor, *others: Any) -> Any:
+        shapes.add(states.numel() // states.shape[-1])
+        return product(states, *others)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counting)
+    with torch.inference_mode():
+        for rows in range(513, 1025):
+            assert model(torch.ones(rows, 48)).shape == (rows, 7)
+    assert shapes == {576, 640, 704, 768, 832, 896, 960, 1024}
 
 
 def test_gradients_go_through_the_plain_product() -> None:

@@ -16,7 +16,7 @@ import yaml
 
 from banjoray import cli
 from banjoray.config.job import JobConfig
-from banjoray.data.batches import batches_of
+from banjoray.data.batches import batches_of, width_of
 from banjoray.data.splits import Split
 from banjoray.data.tokens import Tokens
 from banjoray.errors import ModelError
@@ -56,9 +56,17 @@ def by_strategy(found: Plan) -> Mapping[str, Memory]:
     return {row.strategy: row for row in found.memory}
 
 
-@pytest.mark.parametrize("batching", [{}, {"train__batching": {"mode": "tokens", "max_tokens": 300}}])
-def test_steps_and_padding_are_those_of_the_run(tmp_path: Path, batching: dict[str, Any]) -> None:
-    job = make_job(tmp_path, **batching)
+@pytest.mark.parametrize(
+    ("changes", "coarse"),
+    [
+        ({}, False),
+        ({"train__batching": {"mode": "tokens", "max_tokens": 300}}, False),
+        ({"train__precision": "bf16"}, True),
+        ({"train__precision": "bf16", "train__batching": {"mode": "tokens", "max_tokens": 300}}, False),
+    ],
+)
+def test_steps_and_padding_are_those_of_the_run(tmp_path: Path, changes: dict[str, Any], coarse: bool) -> None:
+    job = make_job(tmp_path, **changes)
     work = plan(job).work
     moments = trained(job, tmp_path / "run")
     assert (work.steps, work.epochs) == (moments[-1].step, 2)
@@ -69,15 +77,17 @@ def test_steps_and_padding_are_those_of_the_run(tmp_path: Path, batching: dict[s
     cells = tokens = 0
     for batch, moment in zip(batches_of(ready.rows.train.lengths, job.train, 0), first, strict=True):
         lengths = ready.rows.train.lengths[batch]
-        cells, tokens = cells + len(batch) * int(lengths.max()), tokens + int(lengths.sum())
-        assert moment.padding == pytest.approx(1 - lengths.sum() / (len(batch) * lengths.max()))
+        width = width_of(lengths, coarse, int(ready.rows.train.lengths.max()))
+        cells, tokens = cells + len(batch) * width, tokens + int(lengths.sum())
+        assert moment.padding == pytest.approx(1 - lengths.sum() / (len(batch) * width))
     assert work.padding == pytest.approx(1 - tokens / cells)
     assert work.tokens_per_epoch == tokens
 
 
 def test_padding_is_what_a_hand_counts() -> None:
     # 3 x 4 and 2 x 6 cells, of which 9 and 10 hold a token.
-    assert padding(np.array([4, 3, 2, 6, 4]), [np.array([0, 1, 2]), np.array([3, 4])]) == pytest.approx(5 / 24)
+    batches = [np.array([0, 1, 2]), np.array([3, 4])]
+    assert padding(np.array([4, 3, 2, 6, 4]), batches, [(3, 4), (2, 6)]) == pytest.approx(5 / 24)
 
 
 def test_padding_and_microbatches_are_counted_as_workers_cut_them(shared_job: JobConfig) -> None:

@@ -63,6 +63,22 @@ def test_model_that_starts_above_the_cut_gives_the_same_outputs(
         torch.testing.assert_close(model(**inputs).logits, whole)
 
 
+@pytest.mark.parametrize(("depth", "lookups"), [(0, 1), (1, 0), (DEPTH, 0)])
+def test_words_are_not_looked_up_where_nothing_reads_them(bases: Mapping[str, Path], depth: int, lookups: int) -> None:
+    model, looked_up = classifier(bases["bert"]), []
+    model.get_input_embeddings().register_forward_hook(lambda *given: looked_up.append(1))
+    cut, inputs = Cut(model, depth), batch()
+    with torch.inference_mode():
+        cut.states = cut.below(inputs)
+        looked_up.clear()
+        cut.start_above()
+        model(**inputs)
+        assert len(looked_up) == lookups
+        cut.restore()
+        model(**inputs)
+        assert len(looked_up) == lookups + 1
+
+
 @pytest.mark.parametrize("name", CUT)
 @pytest.mark.parametrize("depth", range(DEPTH + 1))
 def test_every_family_that_is_offered_agrees_with_itself(bases: Mapping[str, Path], name: str, depth: int) -> None:

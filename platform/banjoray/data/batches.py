@@ -100,10 +100,15 @@ def sorted_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     return batches
 
 
-def padded(tokens: Tokens, rows: Sequence[int] | np.ndarray, pad_id: int) -> dict[str, np.ndarray]:
-    """The model inputs of some rows, (rows, longest) int64, padded on the right, with their attention mask."""
+def padded(
+    tokens: Tokens, rows: Sequence[int] | np.ndarray, pad_id: int, width: int | None = None
+) -> dict[str, np.ndarray]:
+    """The model inputs of some rows, (rows, width) int64, padded on the right, with their attention mask.
+
+    ``width`` None: as the longest of them.
+    """
     lengths = tokens.lengths[rows]
-    mask = np.arange(int(lengths.max())) < lengths[:, None]
+    mask = np.arange(int(lengths.max()) if width is None else width) < lengths[:, None]
     inputs = {
         name: _cells(stream, tokens.offsets, rows, mask, pad_id if name == "input_ids" else 0)
         for name, stream in tokens.streams.items()
@@ -112,12 +117,31 @@ def padded(tokens: Tokens, rows: Sequence[int] | np.ndarray, pad_id: int) -> dic
     return inputs
 
 
-def targets_of(tokens: Tokens, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-    """What some rows have to find: (rows, ...) or, where targets are sequences, (rows, longest) padded by `IGNORED`."""
+def width_of(lengths: np.ndarray, coarse: bool, most: int) -> int:
+    """The columns of a batch of rows of those lengths: as the longest, ``coarse``: or a few more, so that widths recur.
+
+    Coarse widths are multiples of 4, and eight between two powers of two; but at most ``most``, as of all rows.
+    """
+    longest = int(lengths.max())
+    return min(rounded_up(longest, 4), most) if coarse else longest
+
+
+def rounded_up(number: int, step: int) -> int:
+    """A multiple of ``step``, a power of two, that is not below a number; eight of them between two powers of two."""
+    step = max(step, 1 << max(0, number.bit_length() - 4))
+    return -(-number // step) * step
+
+
+def targets_of(tokens: Tokens, rows: Sequence[int] | np.ndarray, coarse: bool = False) -> np.ndarray:
+    """What some rows have to find: (rows, ...) or, where targets are sequences, (rows, width) padded by `IGNORED`.
+
+    ``coarse``: see `width_of`.
+    """
     if tokens.target_offsets is None:
         return np.asarray(tokens.targets[rows])
-    lengths = np.diff(tokens.target_offsets)[rows]
-    mask = np.arange(int(lengths.max())) < lengths[:, None]
+    all_lengths = np.diff(tokens.target_offsets)
+    lengths = all_lengths[rows]
+    mask = np.arange(width_of(lengths, coarse, int(all_lengths.max()))) < lengths[:, None]
     return _cells(tokens.targets, tokens.target_offsets, rows, mask, IGNORED)
 
 

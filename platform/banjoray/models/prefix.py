@@ -95,7 +95,12 @@ class Cut:
 
     def __init__(self, model: Any, depth: int) -> None:
         self._model, self.depth = model, depth
-        self._blocks = list(model.base_model.get_submodule(find_blocks(model).stack))
+        blocks = find_blocks(model)
+        self._blocks = list(model.base_model.get_submodule(blocks.stack))
+        # Where one module holds all that is below the blocks, as BERT's does, it is passed by too.
+        below = getattr(model.base_model, "embeddings", None)
+        whole = below is not None and len(list(below.parameters())) == len(blocks.embeddings)
+        self._embeddings: Any = below if whole else None
         self._hook: Any = None
         # (rows, tokens, width): what the next forward pass starts from.
         self.states: Tensor | None = None
@@ -150,6 +155,9 @@ class Cut:
             return
         for block in self._blocks[: self.depth - 1]:
             block.forward = _same
+        if self._embeddings is not None:
+            # Their words' lookup would be thrown away.
+            self._embeddings.forward = lambda *given, **named: self.states
         self._blocks[self.depth - 1].forward = lambda *given, **named: self.states
 
     def restore(self) -> None:
@@ -158,8 +166,9 @@ class Cut:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        for block in self._blocks[: self.depth]:
-            vars(block).pop("forward", None)
+        for block in (*self._blocks[: self.depth], self._embeddings):
+            if block is not None:
+                vars(block).pop("forward", None)
 
     def agrees(self) -> bool:
         """Whether the model gives the same outputs from the words and from the cut, tried on two rows.

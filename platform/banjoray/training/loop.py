@@ -30,7 +30,7 @@ from banjoray.training.optimizer import rate_scales
 from banjoray.training.prefix_cache import Prefix, kept_prefix
 from banjoray.training.pulse import Beat, Pulse
 from banjoray.training.scoring import Feed, outputs
-from banjoray.training.strategies import Strategy, build, choose_precision, compiles
+from banjoray.training.strategies import Strategy, build, choose_precision, coarse, compiles
 
 
 def fit(job: JobConfig, rows: Rows, task: Task, start: Start, run: str, callbacks: Callbacks) -> FitResult:
@@ -152,7 +152,7 @@ class _Session:
         """Read the rows from where their kept states begin; from their words without any."""
         rows, device, self._prefix = self._rows, self._strategy.device, prefix.origin if prefix else ""
         above = (prefix.train, prefix.validation) if prefix else (None, None)
-        self._train = Feed(rows.train, rows.pad_id, device, above[0], self._collate)
+        self._train = Feed(rows.train, rows.pad_id, device, above[0], self._collate, coarse(self._job))
         self._validation = Feed(rows.validation, rows.pad_id, device, above[1], self._collate)
 
     @property
@@ -277,7 +277,7 @@ class _Session:
                 # A worker with no rows left still takes part in the exchange: one row, of no weight.
                 chosen = part if len(part) else batch[:1]
                 tensors, targets = self._train.batch(chosen, self._position.epoch)
-                cells += len(chosen) * int(lengths[chosen].max())
+                cells += len(chosen) * self._train.width(chosen)
                 tokens += int(lengths[chosen].sum())
                 loss = self._objective.share(chosen, targets, total, empty=not len(part))
             last = number + 1 == len(mine)
@@ -345,7 +345,7 @@ class _Session:
 
     def _digest_of_frozen(self) -> str:
         """Of the weights that may not move; equal on every worker."""
-        found: str = digest(self._strategy.weights(self._learned.frozen))
+        found: str = digest(self._strategy.weights(self._learned.frozen, copy=False))
         return found
 
     def _not_a_number(self, loss: float, norm: float, batch: np.ndarray, rate: float) -> str:

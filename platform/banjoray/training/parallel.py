@@ -90,12 +90,12 @@ class DataParallel:
             torch._amp_update_scale_(self._scale, self._held, broken, 2.0, 0.5, STEPS_TO_DOUBLE)
         return float(norm)
 
-    def weights(self, names: Collection[str]) -> dict[str, Tensor]:
+    def weights(self, names: Collection[str], copy: bool = True) -> dict[str, Tensor]:
         """See `Strategy`."""
         if self.rank != 0:
             return {}
         state = self.module.state_dict()
-        return {name: state[name].to("cpu", copy=True) for name in names}
+        return {name: state[name].to("cpu", copy=copy) for name in names}
 
     def _norm(self) -> Tensor:
         """Of all gradients."""
@@ -175,8 +175,8 @@ class FullySharded:
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def weights(self, names: Collection[str]) -> dict[str, Tensor]:
-        """See `Strategy`; gathered one at a time."""
+    def weights(self, names: Collection[str], copy: bool = True) -> dict[str, Tensor]:
+        """See `Strategy`; gathered one at a time, so always copies."""
         state = self.module.state_dict()
         return self._gathered({name: state[name] for name in names})
 

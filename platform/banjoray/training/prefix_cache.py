@@ -37,7 +37,7 @@ from banjoray.tasks.task import varies
 from banjoray.training.clock import Clock
 from banjoray.training.interface import Rows
 from banjoray.training.learned import digest
-from banjoray.training.scoring import EVALUATION_TOKENS, to_tensors
+from banjoray.training.scoring import EVALUATION_TOKENS, HALF_TOKENS, to_tensors
 
 FORMAT = 1
 MANIFEST, STATES = "prefix.json", "states.npy"
@@ -52,10 +52,10 @@ class States:
     stream: np.ndarray
     offsets: np.ndarray
 
-    def padded(self, rows: np.ndarray, device: torch.device) -> Tensor:
-        """Of some rows, (rows, longest, width) fp32; what is padding is 0."""
-        lengths = np.diff(self.offsets)[rows]
-        longest = int(lengths.max())
+    def padded(self, rows: np.ndarray, columns: int, device: torch.device) -> Tensor:
+        """Of some rows, (rows, columns, width) fp32, or (rows, 1, width) where one is kept; what is padding is 0."""
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        longest = columns if len(self.stream) > len(self.offsets) - 1 else 1
         mask = np.arange(longest) < lengths[:, None]
         where = (self.offsets[rows][:, None] + np.arange(longest))[mask]
         cells = torch.from_numpy(self.stream[where])
@@ -76,7 +76,8 @@ class Above:
 
     def start(self, rows: np.ndarray, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Have the next forward pass start from the states of ``rows``; what is left of its inputs."""
-        self.cut.states = self.states.padded(rows, inputs["input_ids"].device)
+        ids = inputs["input_ids"]
+        self.cut.states = self.states.padded(rows, ids.shape[1], ids.device)
         return trimmed(inputs, self.cut.states.shape[1])
 
 
@@ -268,7 +269,8 @@ class _Shelf:
         precision = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
         lower_states, mode = self._shallower(tokens, bf16), torch.inference_mode()
         with lower_states as lower, _evaluating(self._model), packed(self._model), mode, precision:
-            for rows in sorted_batches(tokens.lengths, EVALUATION_TOKENS[device.type]):
+            most = (HALF_TOKENS if bf16 else EVALUATION_TOKENS)[device.type]
+            for rows in sorted_batches(tokens.lengths, most):
                 inputs = to_tensors(padded(tokens, rows, self._pad_id), device)
                 inputs = lower.start(rows, inputs) if lower else inputs
                 states = self._cut.below(inputs)

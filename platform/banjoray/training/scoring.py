@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from banjoray.config.job import JobConfig
 from banjoray.data.bad_rows import lines_about
-from banjoray.data.batches import padded, sorted_batches, targets_of
+from banjoray.data.batches import padded, sorted_batches, targets_of, width_of
 from banjoray.data.tokens import Tokens, cached_tokens, token_cache
 from banjoray.models.loading import labels_of, load_trained, quiet_libraries, use_hub
 from banjoray.tasks.task import Collate, Score, Task, task_for
@@ -19,6 +20,8 @@ from banjoray.tasks.task import Collate, Score, Task, task_for
 # Rows x longest of one forward pass without gradients, by kind of device. On a CPU the states of more rows leave its
 # caches: 8192 took half as much time again (benchmarks/LOG.md).
 EVALUATION_TOKENS = {"cpu": 1024, "cuda": 8192}
+# The same in bf16, whose states take half the room.
+HALF_TOKENS = EVALUATION_TOKENS | {"cpu": 2048}
 
 
 def score_folder(
@@ -66,20 +69,33 @@ class Starts(Protocol):
 
 @dataclass(frozen=True)
 class Feed:
-    """The rows of a split as a model's inputs on a device; from ``above`` on, where the bottom's states are kept."""
+    """The rows of a split as a model's inputs on a device; from ``above`` on, where the bottom's states are kept.
+
+    ``coarse``: widths of batches recur, see `width_of`.
+    """
 
     tokens: Tokens
     pad_id: int
     device: torch.device
     above: Starts | None = None
     collate: Collate | None = None
+    coarse: bool = False
+
+    @cached_property
+    def _longest(self) -> int:
+        return int(self.tokens.lengths.max())
+
+    def width(self, rows: np.ndarray) -> int:
+        """The columns of a batch of some rows."""
+        return width_of(self.tokens.lengths[rows], self.coarse, self._longest)
 
     def batch(self, rows: np.ndarray, epoch: int | None = None) -> tuple[dict[str, Tensor], np.ndarray]:
-        """The inputs of the next forward pass, (rows, longest) each, and what it has to find, (rows, ...).
+        """The inputs of the next forward pass, (rows, width) each, and what it has to find, (rows, ...).
 
         ``epoch``: where the task draws some of them anew in every epoch; None: as always, for evaluation.
         """
-        inputs, targets = padded(self.tokens, rows, self.pad_id), targets_of(self.tokens, rows)
+        inputs = padded(self.tokens, rows, self.pad_id, self.width(rows))
+        targets = targets_of(self.tokens, rows, self.coarse)
         if self.collate is not None:
             inputs, targets = self.collate(inputs, targets, rows, epoch)
         tensors = to_tensors(inputs, self.device)

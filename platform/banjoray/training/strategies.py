@@ -45,6 +45,17 @@ def choose_precision(job: JobConfig) -> Choice:
     return Choice("fp32", "this CPU has no native bf16, and emulated bf16 is slower than fp32")
 
 
+def coarse(job: JobConfig) -> bool:
+    """Whether training batches have widths that recur.
+
+    In bf16 on a CPU oneDNN writes code for every shape that it meets, milliseconds for each product, and keeps a
+    thousand of them: where every length is a width of its own, that is a seventh of a short run (benchmarks/LOG.md).
+    Batches that are bounded in tokens stay as they are.
+    """
+    half = not job.scale.gpus_per_worker and choose_precision(job).precision == "bf16"
+    return half and job.train.batching.mode == "rows"
+
+
 def compiles(job: JobConfig, steps: int) -> bool:
     """Whether torch.compile is worth its minutes in a run of so many steps, or wanted anyway."""
     worth = bool(job.scale.gpus_per_worker) and job.scale.strategy == "ddp" and steps >= COMPILED_FROM
@@ -82,8 +93,11 @@ class Strategy(Protocol):
         """
         ...
 
-    def weights(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Those weights and buffers, whole, as copies on the CPU, by their names; empty but on rank 0."""
+    def weights(self, names: Collection[str], copy: bool = True) -> dict[str, Tensor]:
+        """Those weights and buffers, whole, on the CPU, by their names; empty but on rank 0.
+
+        Without ``copy`` they may be the model's own, for who has read them before the next step.
+        """
         ...
 
     def moments(self) -> dict[str, Tensor]:

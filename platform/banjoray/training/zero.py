@@ -84,7 +84,7 @@ class Zero:
         self.engine.step()
         return float(self.engine.get_global_grad_norm() or 0.0)
 
-    def weights(self, names: Collection[str]) -> dict[str, Tensor]:
+    def weights(self, names: Collection[str], copy: bool = True) -> dict[str, Tensor]:
         """See `Strategy`; gathered one at a time, frozen ones too."""
         import deepspeed
 
@@ -95,7 +95,7 @@ class Zero:
             held = [parameters[name]] if name in parameters else []
             with deepspeed.zero.GatheredParameters(held, enabled=self.stage == 3 and bool(held)):
                 if self.rank == 0:
-                    whole[name] = (held[0] if held else state[name]).detach().to("cpu", copy=True)
+                    whole[name] = (held[0] if held else state[name]).detach().to("cpu", copy=copy or self.stage == 3)
         return whole
 
     def moments(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from banjoray.config.job import JobConfig, is_url
-from banjoray.data.batches import batches_of, shares
+from banjoray.data.batches import batches_of, shares, width_of
 from banjoray.data.tokens import Tokens, token_cache
 from banjoray.errors import ModelError
 from banjoray.models.blocks import find_blocks
@@ -19,6 +19,7 @@ from banjoray.training.compatibility import AXES, check
 from banjoray.training.interface import Rows
 from banjoray.training.prefix_cache import decide
 from banjoray.training.preflight import Ready, prepare
+from banjoray.training.strategies import coarse
 from banjoray.tuning.footprint import (
     GIB,
     Activations,
@@ -167,7 +168,8 @@ def work_of(job: JobConfig, rows: Rows) -> Work:
         for part in worker
         if len(part)
     ]
-    sizes = [(len(part), int(lengths[part].max())) for part in parts]
+    longest, widens = int(lengths.max()), coarse(job)
+    sizes = [(len(part), width_of(lengths[part], widens, longest)) for part in parts]
     return Work(
         train_rows=len(rows.train),
         validation_rows=len(rows.validation),
@@ -176,17 +178,17 @@ def work_of(job: JobConfig, rows: Rows) -> Work:
         steps_per_epoch=len(epochs[0]),
         steps=sum(map(len, epochs)),
         tokens_per_epoch=int(lengths.sum()),
-        padding=padding(lengths, parts),
-        longest_row=int(lengths.max()),
+        padding=padding(lengths, parts, sizes),
+        longest_row=longest,
         rows_cut=rows.train.cut + rows.validation.cut,
         microbatch=max(sizes, key=lambda size: size[0] * size[1]),
     )
 
 
-def padding(lengths: np.ndarray, batches: Iterable[np.ndarray]) -> float:
-    """The share of the cells of ``batches`` (rows x longest each) that hold no token."""
-    sizes = [(len(batch) * int(lengths[batch].max()), int(lengths[batch].sum())) for batch in batches]
-    return 1 - sum(tokens for _, tokens in sizes) / sum(cells for cells, _ in sizes)
+def padding(lengths: np.ndarray, batches: Iterable[np.ndarray], sizes: Iterable[tuple[int, int]]) -> float:
+    """The share of the cells of ``batches``, of (rows, columns) each, that hold no token."""
+    tokens = sum(int(lengths[batch].sum()) for batch in batches)
+    return 1 - tokens / sum(rows * columns for rows, columns in sizes)
 
 
 def _corner_shapes(corners: Iterable[tuple[str, JobConfig]]) -> list[tuple[str, Shape]]:
