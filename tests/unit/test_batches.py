@@ -214,7 +214,7 @@ def test_numbers_are_rounded_up_to_eight_between_two_powers_of_two() -> None:
         found = {rounded_up(number, 4) for number in range(low + 1, 2 * low + 1)}
         assert found == {low + low // 8 * part for part in range(1, 9)}
     assert [rounded_up(number, 4) for number in (0, 1, 4, 5, 31, 33)] == [0, 4, 4, 8, 32, 36]
-    assert [rounded_up(number, 16) for number in (1, 16, 17, 129, 1025)] == [16, 16, 32, 144, 1152]
+    assert [rounded_up(number) for number in (1, 15, 16, 17, 33, 129, 1025)] == [1, 15, 16, 18, 36, 144, 1152]
 
 
 def test_coarse_widths_hold_every_row_and_are_never_above_the_longest_of_all() -> None:

@@ -126,7 +126,7 @@ def width_of(lengths: np.ndarray, coarse: bool, most: int) -> int:
     return min(rounded_up(longest, 4), most) if coarse else longest
 
 
-def rounded_up(number: int, step: int) -> int:
+def rounded_up(number: int, step: int = 1) -> int:
     """A multiple of ``step``, a power of two, that is not below a number; eight of them between two powers of two."""
     step = max(step, 1 << max(0, number.bit_length() - 4))
     return -(-number // step) * step

@@ -110,7 +110,7 @@ def _product(states: Tensor, packed: Tensor, bias: Tensor | None, dtype: torch.d
     be a few more of them than were given.
     """
     rows = states.numel() // states.shape[-1]
-    whole = rounded_up(rows, 16)
+    whole = rounded_up(rows)
     if rows == whole:
         given = states.to(dtype)
     else:
