@@ -290,7 +290,7 @@ def test_root_tells_what_is_served(client: httpx.Client, shelf: Shelf) -> None:
         "labels": list(version.labels),
         "metrics": dict(version.metrics),
         "lineage": dict(version.lineage),
-        "engine": {"engine": "torch", "precision": "fp32", "why": "asked for", "measured_ms": {}},
+        "engine": {"engine": "torch", "precision": "fp32", "why": "asked for", "measured_ms": {}, "border": 0.0},
         "shares": {},
         "rollout": {"production": "tiny@1"},
     }

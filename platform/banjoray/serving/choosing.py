@@ -25,7 +25,7 @@ from banjoray.training.strategies import native_bf16
 NATIVE_ONNX = ("fp32", "int8")
 Named = TypeVar("Named", bound=Hashable)
 # Raise it when the code that makes files of a version changes: those that were made under another number are not used.
-RECIPE = 4
+RECIPE = 5
 # Rounds of timing, of which the fastest counts.
 ROUNDS = 2
 
@@ -42,17 +42,21 @@ class Kind:
         return f"{self.engine} {self.precision}"
 
 
-PLAIN = Kind("torch", "fp32")
+PLAIN, GRAPH = Kind("torch", "fp32"), Kind("onnx", "fp32")
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What answers, why, and what a round over the probe's first rows took each candidate, in milliseconds."""
+    """What answers, why, and what a round over the probe's first rows took each candidate, in milliseconds.
+
+    ``border``: rows whose two highest logits are within it are computed in fp32 as well; 0: none are.
+    """
 
     engine: str = PLAIN.engine
     precision: str = PLAIN.precision
     why: str = "asked for"
     measured_ms: tuple[tuple[str, float], ...] = ()
+    border: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

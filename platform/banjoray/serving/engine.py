@@ -1,6 +1,7 @@
 """A registered version, loaded and ready to answer. Knows nothing of Ray or HTTP."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from banjoray.data.probe import read_probe
 from banjoray.data.tokens import Feature, Features, tokens_of
 from banjoray.models.loading import labels_of, load_trained, quiet_libraries
 from banjoray.registry import ModelVersion, Registry
-from banjoray.serving.choosing import ASKED, PLAIN, Chosen, Kind, candidates, kept_choice
+from banjoray.serving.borders import OnBorders
+from banjoray.serving.choosing import ASKED, PLAIN, Chosen, candidates, kept_choice
 from banjoray.serving.costs import FREE, Cost, measured
 from banjoray.serving.models import Models, choose
 from banjoray.serving.probe import probe_for
@@ -57,7 +59,10 @@ class Engine:
         if self.task.generates:
             return FREE
         pad = self.tokenizer.pad_token_id
-        return measured(self.forward, lambda tokens: Feature({"input_ids": [pad] * tokens}), self._data.max_length)
+        # Rows of padding say nothing of how many texts lie on a border; what those cost is learned from passes.
+        model = self.model.rounded if isinstance(self.model, OnBorders) else self.model
+        forward = partial(self._pass, model)
+        return measured(forward, lambda tokens: Feature({"input_ids": [pad] * tokens}), self._data.max_length)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Feature]]:
         """The features of every row, cut where training cut them."""
@@ -80,9 +85,12 @@ class Engine:
         """
         if self.task.generates:
             return self.task.generate(self.model, features, self.tokenizer)
+        return self._pass(self.model, features)
+
+    def _pass(self, model: Any, features: Sequence[Feature]) -> list[np.ndarray]:
         batch = self.inputs(features)
         with torch.inference_mode():
-            return self.task.kept(self.model(**batch), batch, None)
+            return self.task.kept(model(**batch), batch, None)
 
     def streamed(self, ask: Ask, rows: Sequence[Sequence[Feature]]) -> Callable[[Callable[[Any], None]], None]:
         """What writes the answer to ``ask`` when it is called, and tells who it is given of every piece as it comes.
@@ -125,6 +133,6 @@ def load(reference: str, registry: str, engine: str = PLAIN.engine, precision: s
         chosen = Chosen(kinds[0].engine, kinds[0].precision, why)
     else:
         chosen = kept_choice(models.cache, [engine, precision], lambda: choose(models, kinds))
-    found = Engine(version, task, models.of(Kind(chosen.engine, chosen.precision)), tokenizer, job, chosen)
+    found = Engine(version, task, models.chosen(chosen), tokenizer, job, chosen)
     found.forward([task.probe(tokenizer)])
     return found

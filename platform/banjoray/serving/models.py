@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,17 @@ from banjoray.errors import ConfigError
 from banjoray.models.packed import pack
 from banjoray.registry import ModelVersion
 from banjoray.serving import int8, onnx
-from banjoray.serving.choosing import PLAIN, Chosen, Kind, engine_cache, fastest_that_agrees, kept_file, timed
+from banjoray.serving.borders import MOST_AGAIN, OnBorders, border_of, share_within
+from banjoray.serving.choosing import (
+    GRAPH,
+    PLAIN,
+    Chosen,
+    Kind,
+    engine_cache,
+    fastest_that_agrees,
+    kept_file,
+    timed,
+)
 from banjoray.serving.probe import Probe
 from banjoray.training.strategies import DTYPES
 
@@ -41,6 +52,24 @@ class Models:
     def probe(self) -> Probe | None:
         """The probe rows, tokenised; None for a version without."""
         return self._probe()
+
+    def chosen(self, chosen: Chosen) -> Any:
+        """The model that was chosen, on its device; raises ConfigError: it can't be made, and why."""
+        model = self.of(Kind(chosen.engine, chosen.precision))
+        return OnBorders(model, self.of(GRAPH), chosen.border) if chosen.border else model
+
+    def border(self, kind: Kind, model: Any) -> float:
+        """Within what distance of a border between labels a kind's rows are computed in fp32 too; 0: none are.
+
+        Only int8 has one, and only where a row has one label of several. It is what every second probe row shows, so
+        that the others judge it.
+        """
+        probe, single = self.probe, self._model.config.problem_type == "single_label_classification"
+        if probe is None or kind.precision != "int8" or not single:
+            return 0.0
+        found, wanted = probe.outputs(model), probe.outputs(self.of(PLAIN))
+        border = border_of(found[::2], wanted[::2])
+        return border if share_within(found, border) <= MOST_AGAIN else 0.0
 
     def of(self, kind: Kind) -> Any:
         """The model of a kind, on its device; raises ConfigError: it can't be made, and why."""
@@ -80,16 +109,21 @@ def choose(models: Models, kinds: Sequence[Kind]) -> Chosen:
     if probe is None:
         safe = next(kind for kind in kinds if kind.precision == PLAIN.precision)
         return Chosen(safe.engine, safe.precision, "the version has no probe rows to compare faster engines by")
-    made, failed = {}, []
+    made, borders, failed = {}, {}, []
     for kind in kinds:
         try:
-            made[kind] = models.of(kind)
+            model = models.of(kind)
+            borders[kind] = models.border(kind, model)
+            made[kind] = OnBorders(model, models.of(GRAPH), borders[kind]) if borders[kind] else model
         except ConfigError as error:
             failed.append(f"{kind}: {error}")
     if not made:
         raise ConfigError(f"args.engine: none that was asked for can be made; {'; '.join(failed)}")
     times = timed({kind: lambda model=model: probe.pass_over(model) for kind, model in made.items()})  # type: ignore[misc]
     plain = models.of(PLAIN)
-    return fastest_that_agrees(
+    found = fastest_that_agrees(
         times, lambda kind: probe.disagreement(probe.outputs(made[kind]), probe.outputs(plain)), failed
     )
+    if not (border := borders[Kind(found.engine, found.precision)]):
+        return found
+    return replace(found, border=border, why=f"{found.why}; labels within {border:.2g} of another are those of fp32")
