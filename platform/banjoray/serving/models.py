@@ -126,4 +126,5 @@ def choose(models: Models, kinds: Sequence[Kind]) -> Chosen:
     )
     if not (border := borders[Kind(found.engine, found.precision)]):
         return found
-    return replace(found, border=border, why=f"{found.why}; labels within {border:.2g} of another are those of fp32")
+    near = f"rows whose two highest logits are within {border:.2g} are computed in fp32 too"
+    return replace(found, border=border, why=f"{found.why}; {near}")
