@@ -19,10 +19,12 @@ from banjoray.registry import ModelVersion, Registry
 from banjoray.serving import engine as engines
 from banjoray.serving import int8, onnx
 from banjoray.serving import models as makers
+from banjoray.serving.borders import OnBorders
 from banjoray.serving.choosing import PLAIN, Kind
 from banjoray.serving.engine import Engine, load
 from banjoray.serving.models import Models
 from banjoray.serving.probe import Probe, probe_for
+from banjoray.tasks.text_classification import TextClassification
 from banjoray.training.preflight import Ready, prepare
 from banjoray.training.strategies import native_bf16
 from engines import ask, registered
@@ -249,6 +251,51 @@ def test_the_fastest_that_agrees_answers_and_the_next_start_does_not_measure_aga
     assert type(again.model) is onnx.OnnxModel
     # What is kept stands in the registry and is no part of a version.
     assert Registry(job.registry.root).models() == ["tiny"]
+
+
+def test_int8_leaves_rows_near_a_border_to_fp32_and_the_next_start_does_too(
+    shelved: tuple[JobConfig, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job, reference = shelved
+    monkeypatch.setattr(makers, "engine_cache", lambda *_: tmp_path)
+    monkeypatch.setattr(makers, "MOST_AGAIN", 1.0)
+    fast(monkeypatch, Kind("onnx", "int8"))
+    found = load(reference, job.registry.root, "auto", "auto")
+    assert (found.chosen.engine, found.chosen.precision) == ("onnx", "int8")
+    assert "are computed in fp32 too" in found.chosen.why
+    assert 0 < found.chosen.border < 1
+    assert isinstance(found.model, OnBorders)
+    assert found.cost()(1, 8) > 0
+    rows = [{"text": text} for text in TEXTS]
+    plain = load(reference, job.registry.root)
+    features = [feature for row in plain.encode(rows) for feature in row]
+    outputs, wanted = (np.stack(engine.forward(features)) for engine in (found, plain))
+    # Rows near the border, of which a version that was hardly trained has many, and no others, have fp32's logits.
+    rounded = found.model.rounded(**found.inputs(features)).logits.numpy()
+    highest = np.sort(rounded, axis=1)
+    near = highest[:, -1] - highest[:, -2] <= found.chosen.border
+    assert near.any()
+    assert outputs[near] == pytest.approx(wanted[near], abs=1e-4)
+    assert outputs[~near] == pytest.approx(rounded[~near], abs=1e-6)
+    monkeypatch.setattr(engines, "choose", lambda *_: pytest.fail("it was measured again"))
+    again = load(reference, job.registry.root, "auto", "auto")
+    assert isinstance(again.model, OnBorders)
+    assert again.chosen == found.chosen
+
+
+def test_only_labels_that_are_the_highest_logit_have_borders_and_only_narrow_ones(
+    made: tuple[Made, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, kind = made[0], Kind("onnx", "int8")
+    model = found.models.of(kind)
+    monkeypatch.setattr(makers, "MOST_AGAIN", 1.0)
+    assert (found.models.border(kind, model) > 0) == (type(found.task) is TextClassification)
+    assert found.models.border(Kind("onnx", "fp32"), model) == 0
+    monkeypatch.setattr(makers, "MOST_AGAIN", -1.0)
+    assert found.models.border(kind, model) == 0
+    monkeypatch.setattr(makers, "MOST_AGAIN", 1.0)
+    monkeypatch.setattr(makers, "border_of", lambda *_: float("nan"))
+    assert found.models.border(kind, model) == 0
 
 
 @pytest.mark.parametrize("kind", [Kind("onnx", "int8"), Kind("torch", "bf16")])

@@ -148,7 +148,7 @@ def targets_of(tokens: Tokens, rows: Sequence[int] | np.ndarray, coarse: bool = 
 def _cells(
     stream: np.ndarray, offsets: np.ndarray, rows: Sequence[int] | np.ndarray, mask: np.ndarray, fill: int
 ) -> np.ndarray:
-    """The slices of ``rows`` as (rows, longest) int64, ``fill`` where ``mask`` is false."""
+    """The slices of ``rows`` as (rows, width) int64, ``fill`` where ``mask`` is false."""
     # Positions of every kept cell in the stream, row by row: one gather instead of a loop over rows.
     where = (np.asarray(offsets)[rows][:, None] + np.arange(mask.shape[1]))[mask]
     cells = np.full(mask.shape, fill, dtype=np.int64)

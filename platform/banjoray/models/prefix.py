@@ -98,9 +98,9 @@ class Cut:
         blocks = find_blocks(model)
         self._blocks = list(model.base_model.get_submodule(blocks.stack))
         # Where one module holds all that is below the blocks, as BERT's does, it is passed by too.
-        below = getattr(model.base_model, "embeddings", None)
-        whole = below is not None and len(list(below.parameters())) == len(blocks.embeddings)
-        self._embeddings: Any = below if whole else None
+        below = getattr(model.base_model, "embeddings", None) if depth else None
+        held = () if below is None else tuple(f"embeddings.{name}" for name, _ in below.named_parameters())
+        self._embeddings: Any = below if held == blocks.embeddings else None
         self._hook: Any = None
         # (rows, tokens, width): what the next forward pass starts from.
         self.states: Tensor | None = None

@@ -20,7 +20,7 @@ class OnBorders:
     """A model with rounded weights, and the same in fp32 for rows whose two highest logits are within ``border``."""
 
     def __init__(self, rounded: Any, plain: Callable[..., Any], border: float) -> None:
-        self.rounded, self._plain, self._border = rounded, plain, border
+        self.rounded, self.plain, self._border = rounded, plain, border
         self.config = rounded.config
 
     def __call__(self, **inputs: Tensor) -> Any:
@@ -30,7 +30,7 @@ class OnBorders:
         near = highest[:, 0] - highest[:, 1] <= self._border
         if near.any():
             longest = int(inputs["attention_mask"][near].sum(1).max())
-            found.logits[near] = self._plain(**{name: cells[near, :longest] for name, cells in inputs.items()}).logits
+            found.logits[near] = self.plain(**{name: cells[near, :longest] for name, cells in inputs.items()}).logits
         return found
 
     def to(self, device: torch.device) -> "OnBorders":

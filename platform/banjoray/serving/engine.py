@@ -87,6 +87,13 @@ class Engine:
             return self.task.generate(self.model, features, self.tokenizer)
         return self._pass(self.model, features)
 
+    def warm(self) -> None:
+        """Make the first pass of all that may answer."""
+        probe = [self.task.probe(self.tokenizer)]
+        self.forward(probe)
+        if isinstance(self.model, OnBorders):
+            self._pass(self.model.plain, probe)
+
     def _pass(self, model: Any, features: Sequence[Feature]) -> list[np.ndarray]:
         batch = self.inputs(features)
         with torch.inference_mode():
@@ -134,5 +141,5 @@ def load(reference: str, registry: str, engine: str = PLAIN.engine, precision: s
     else:
         chosen = kept_choice(models.cache, [engine, precision], lambda: choose(models, kinds))
     found = Engine(version, task, models.chosen(chosen), tokenizer, job, chosen)
-    found.forward([task.probe(tokenizer)])
+    found.warm()
     return found

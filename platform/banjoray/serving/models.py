@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from banjoray.errors import ConfigError
@@ -61,15 +62,15 @@ class Models:
     def border(self, kind: Kind, model: Any) -> float:
         """Within what distance of a border between labels a kind's rows are computed in fp32 too; 0: none are.
 
-        Only int8 has one, and only where a row has one label of several. It is what every second probe row shows, so
-        that the others judge it.
+        Only int8 has one, and only where the highest logit of a row is its answer. It is what every second probe row
+        shows; the others judge it.
         """
-        probe, single = self.probe, self._model.config.problem_type == "single_label_classification"
-        if probe is None or kind.precision != "int8" or not single:
+        probe = self.probe
+        if probe is None or kind.precision != "int8" or not probe.task.highest_answers or len(probe.tokens) < 2:
             return 0.0
         found, wanted = probe.outputs(model), probe.outputs(self.of(PLAIN))
         border = border_of(found[::2], wanted[::2])
-        return border if share_within(found, border) <= MOST_AGAIN else 0.0
+        return border if np.isfinite(border) and share_within(found, border) <= MOST_AGAIN else 0.0
 
     def of(self, kind: Kind) -> Any:
         """The model of a kind, on its device; raises ConfigError: it can't be made, and why."""
@@ -109,21 +110,28 @@ def choose(models: Models, kinds: Sequence[Kind]) -> Chosen:
     if probe is None:
         safe = next(kind for kind in kinds if kind.precision == PLAIN.precision)
         return Chosen(safe.engine, safe.precision, "the version has no probe rows to compare faster engines by")
-    made, borders, failed = {}, {}, []
+    made: dict[Kind, Any] = {}
+    borders: dict[Kind, float] = {}
+    failed: list[str] = []
     for kind in kinds:
         try:
             model = models.of(kind)
             borders[kind] = models.border(kind, model)
-            made[kind] = OnBorders(model, models.of(GRAPH), borders[kind]) if borders[kind] else model
+            graph = (made.get(GRAPH) or models.of(GRAPH)) if borders[kind] else None
+            made[kind] = OnBorders(model, graph, borders[kind]) if graph else model
         except ConfigError as error:
             failed.append(f"{kind}: {error}")
     if not made:
         raise ConfigError(f"args.engine: none that was asked for can be made; {'; '.join(failed)}")
     times = timed({kind: lambda model=model: probe.pass_over(model) for kind, model in made.items()})  # type: ignore[misc]
     plain = models.of(PLAIN)
-    found = fastest_that_agrees(
-        times, lambda kind: probe.disagreement(probe.outputs(made[kind]), probe.outputs(plain)), failed
-    )
+
+    def wrong(kind: Kind) -> str:
+        # Rows that a border was drawn by agree in any case.
+        judges = slice(1, None, 2) if borders[kind] else slice(None)
+        return probe.disagreement(probe.outputs(made[kind]), probe.outputs(plain), judges)
+
+    found = fastest_that_agrees(times, wrong, failed)
     if not (border := borders[Kind(found.engine, found.precision)]):
         return found
     near = f"rows whose two highest logits are within {border:.2g} are computed in fp32 too"

@@ -47,9 +47,15 @@ class Probe:
                 told = torch.from_numpy(targets).to(self.feed.device) if self.task.generates else None
                 self.task.kept(model(**inputs), inputs, told)
 
-    def disagreement(self, found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> str:
-        """What is wrong with outputs ``found`` where torch in fp32 gave ``wanted``, in words; empty: nothing."""
-        same = np.concatenate([self.task.same(one, other) for one, other in zip(found, wanted, strict=True)])
+    def disagreement(
+        self, found: Sequence[np.ndarray], wanted: Sequence[np.ndarray], judges: slice = slice(None)
+    ) -> str:
+        """What is wrong with outputs ``found`` where torch in fp32 gave ``wanted``, in words; empty: nothing.
+
+        Labels are compared for the features in ``judges``.
+        """
+        pairs = zip(found[judges], wanted[judges], strict=True)
+        same = np.concatenate([self.task.same(one, other) for one, other in pairs])
         if same.mean() < SAME:
             return f"{same.mean():.1%} of {len(same)} answers are those of fp32, needed {SAME:.1%}"
         scores = [self.task.score(each, self.tokens, self.rows, self.labels).metrics for each in (found, wanted)]

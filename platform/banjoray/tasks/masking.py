@@ -30,7 +30,7 @@ def how_many(words: np.ndarray, share: float) -> np.ndarray:
 class Masks:
     """A `Collate`: its targets come in as the word that each token is part of, `IGNORED` where none may be chosen.
 
-    They go out as the ids that have to be found, (rows, longest), `IGNORED` elsewhere. ``mask_id`` is the mask token's;
+    They go out as the ids that have to be found, (rows, width), `IGNORED` elsewhere. ``mask_id`` is the mask token's;
     ``vocabulary`` holds the ids of all ordinary words.
 
     With ``whole_words``, words are taken in an order that is drawn, each with all its tokens, or passed by where it has

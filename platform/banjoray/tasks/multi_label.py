@@ -28,6 +28,7 @@ class MultiLabel(TextClassification):
     metrics = ("f1_macro", "f1_micro", "f1_weighted", "accuracy", "loss")
     weighted = False
     problem_type = "multi_label_classification"
+    highest_answers = False
     function = "sigmoid"
 
     def __init__(self, thresholds: np.ndarray | None = None) -> None:

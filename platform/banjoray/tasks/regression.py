@@ -31,6 +31,7 @@ class Regression(TextClassification):
     weighted = False
     outputs = 1
     problem_type = "regression"
+    highest_answers = False
     function = "none"
 
     def settled(self, job: JobConfig) -> Task:

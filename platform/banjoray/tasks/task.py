@@ -96,6 +96,8 @@ class Task(Protocol):
     """How many numbers the head of a task without labels gives for a row or token; None: as the base has it."""
     problem_type: str | None = None
     """What transformers calls the kind of the head's answer, so that its pipelines make the same scores of it."""
+    highest_answers: bool = False
+    """Whether the answer to a row is the label of its highest logit."""
     steady: bool = True
     """Whether a row gives the model the same inputs in every epoch, those that `encode` made.
 

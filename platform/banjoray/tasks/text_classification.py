@@ -39,6 +39,7 @@ class TextClassification(Task):
     labelled = True
     weighted = True
     problem_type = "single_label_classification"
+    highest_answers = True
     function = "softmax"
     """What makes scores of logits, where a request does not say."""
 

@@ -28,6 +28,8 @@ class ZeroShot(TextClassification):
     """Pairs of texts, premise and hypothesis, each with a label; trained and scored as text classification is."""
 
     name = "zero-shot-classification"
+    # Entailment is compared across pairs.
+    highest_answers = False
 
     def splits(self, job: JobConfig, token: str | None = None) -> Splits:
         """Pairs, each with a label; raises ConfigError: no pairs; DataError: no label that says entailment."""

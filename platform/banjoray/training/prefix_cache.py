@@ -37,9 +37,9 @@ from banjoray.tasks.task import varies
 from banjoray.training.clock import Clock
 from banjoray.training.interface import Rows
 from banjoray.training.learned import digest
-from banjoray.training.scoring import EVALUATION_TOKENS, HALF_TOKENS, to_tensors
+from banjoray.training.scoring import BF16_TOKENS, EVALUATION_TOKENS, to_tensors
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, STATES = "prefix.json", "states.npy"
 # How fast states can be read back, and how fast the bottom computes them; decides only where the cache is worth it.
 READ_BYTES_PER_S, CPU_FLOPS, GPU_FLOPS = 1e9, 1e11, 5e13
@@ -55,14 +55,14 @@ class States:
     def padded(self, rows: np.ndarray, columns: int, device: torch.device) -> Tensor:
         """Of some rows, (rows, columns, width) fp32, or (rows, 1, width) where one is kept; what is padding is 0."""
         lengths = self.offsets[rows + 1] - self.offsets[rows]
-        longest = columns if len(self.stream) > len(self.offsets) - 1 else 1
-        mask = np.arange(longest) < lengths[:, None]
-        where = (self.offsets[rows][:, None] + np.arange(longest))[mask]
+        columns = columns if len(self.stream) > len(self.offsets) - 1 else 1
+        mask = np.arange(columns) < lengths[:, None]
+        where = (self.offsets[rows][:, None] + np.arange(columns))[mask]
         cells = torch.from_numpy(self.stream[where])
         cells = cells.view(torch.bfloat16) if cells.dtype == torch.int16 else cells
         if mask.all():
-            return cells.to(device, torch.float32).view(len(rows), longest, -1)
-        whole = torch.zeros(len(rows), longest, cells.shape[1], device=device)
+            return cells.to(device, torch.float32).view(len(rows), columns, -1)
+        whole = torch.zeros(len(rows), columns, cells.shape[1], device=device)
         whole[torch.from_numpy(mask).to(device)] = cells.to(device, torch.float32)
         return whole
 
@@ -269,7 +269,7 @@ class _Shelf:
         precision = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
         lower_states, mode = self._shallower(tokens, bf16), torch.inference_mode()
         with lower_states as lower, _evaluating(self._model), packed(self._model), mode, precision:
-            most = (HALF_TOKENS if bf16 else EVALUATION_TOKENS)[device.type]
+            most = (BF16_TOKENS if bf16 else EVALUATION_TOKENS)[device.type]
             for rows in sorted_batches(tokens.lengths, most):
                 inputs = to_tensors(padded(tokens, rows, self._pad_id), device)
                 inputs = lower.start(rows, inputs) if lower else inputs

@@ -20,8 +20,8 @@ from banjoray.tasks.task import Collate, Score, Task, task_for
 # Rows x longest of one forward pass without gradients, by kind of device. On a CPU the states of more rows leave its
 # caches: 8192 took half as much time again (benchmarks/LOG.md).
 EVALUATION_TOKENS = {"cpu": 1024, "cuda": 8192}
-# The same in bf16, whose states take half the room.
-HALF_TOKENS = EVALUATION_TOKENS | {"cpu": 2048}
+# The same in bf16, whose states take half the room; on a GPU nobody measured it.
+BF16_TOKENS = EVALUATION_TOKENS | {"cpu": 2048}
 
 
 def score_folder(

@@ -50,10 +50,10 @@ def coarse(job: JobConfig) -> bool:
 
     In bf16 on a CPU oneDNN writes code for every shape that it meets, milliseconds for each product, and keeps a
     thousand of them: where every length is a width of its own, that is a seventh of a short run (benchmarks/LOG.md).
-    Batches that are bounded in tokens stay as they are.
+    Batches that are bounded in tokens stay as they are, and those of pairs that are taken apart to be embedded.
     """
     half = not job.scale.gpus_per_worker and choose_precision(job).precision == "bf16"
-    return half and job.train.batching.mode == "rows"
+    return half and job.train.batching.mode == "rows" and job.task != "feature-extraction"
 
 
 def compiles(job: JobConfig, steps: int) -> bool:
