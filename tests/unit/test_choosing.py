@@ -23,7 +23,11 @@ from banjoray.serving.choosing import (
     kept_file,
     timed,
 )
-from banjoray.tasks.task import task_for
+from banjoray.tasks.multi_label import MultiLabel
+from banjoray.tasks.regression import Regression
+from banjoray.tasks.task import Task, task_for
+from banjoray.tasks.text_classification import TextClassification
+from banjoray.tasks.zero_shot import ZeroShot
 
 INT8, ONNX, BF16 = Kind("onnx", "int8"), Kind("onnx", "fp32"), Kind("torch", "bf16")
 
@@ -191,6 +195,14 @@ def test_answers_are_compared_as_the_task_reads_them() -> None:
     fill_mask = task_for("fill-mask")
     assert fill_mask.same(np.array([5.01, 4, 2]), np.array([5.0, 4, 1])).all()
     assert not fill_mask.same(np.array([5.2, 4, 2]), np.array([5.0, 4, 2])).any()
+
+
+@pytest.mark.parametrize(
+    ("task", "highest"),
+    [(TextClassification, True), (MultiLabel, False), (Regression, False), (ZeroShot, False), (Task, False)],
+)
+def test_only_the_one_label_of_a_text_is_its_highest_logit(task: type[Task], highest: bool) -> None:
+    assert task.highest_answers == highest
 
 
 def test_an_engine_that_was_made_by_hand_is_told_as_asked_for() -> None:

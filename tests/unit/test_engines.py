@@ -174,6 +174,19 @@ def test_a_probe_finds_no_fault_with_the_checkpoint_itself_and_tells_those_of_an
     probe.pass_over(found.model)
 
 
+def test_labels_are_compared_for_the_rows_that_judge(made: tuple[Made, Any]) -> None:
+    found = made[0]
+    if not found.task.highest_answers:
+        pytest.skip("its rows have other answers than one label")
+    probe = found.probe()
+    wanted = probe.outputs(found.model)
+    # Another label for every second row, from the first on.
+    given = [-one if at % 2 == 0 else one for at, one in enumerate(wanted)]
+    assert probe.disagreement(given, wanted).startswith("50.0% of")
+    assert probe.disagreement(given, wanted, slice(0, None, 2)).startswith("0.0% of")
+    assert "answers" not in probe.disagreement(given, wanted, slice(1, None, 2))
+
+
 def test_a_metric_that_is_worse_is_told_though_labels_agree(tmp_path: Path) -> None:
     found = Made(tmp_path, make_job(tmp_path, train__metric="loss", train__mode="min"))
     probe = found.probe()

@@ -116,7 +116,7 @@ def _product(states: Tensor, packed: Tensor, bias: Tensor | None, dtype: torch.d
     else:
         given = states.new_empty((whole, states.shape[-1]), dtype=dtype)
         given[:rows] = states.reshape(rows, -1)
-        # Of any numbers: no row of a product sees another. Not of what was in memory: there may be slow ones in it.
+        # Any numbers would do, no row of a product sees another; but some that were left in memory multiply slowly.
         given[rows:] = 0
     found: Tensor = torch.ops.mkldnn._linear_pointwise(given, packed, bias, "none", [], "")  # noqa: SLF001  see `able`
     return found if rows == whole else found[:rows].view(*states.shape[:-1], -1)

@@ -96,7 +96,7 @@ class Strategy(Protocol):
     def weights(self, names: Collection[str], copy: bool = True) -> dict[str, Tensor]:
         """Those weights and buffers, whole, on the CPU, by their names; empty but on rank 0.
 
-        Without ``copy`` they may be the model's own, for who has read them before the next step.
+        Without ``copy`` they may be the model's own, which the next step changes.
         """
         ...
 
