@@ -1,5 +1,6 @@
 """What several test files share: one Ray on this machine, caches of its own, and a model that tells texts apart."""
 
+import gc
 import logging
 import os
 import shutil
@@ -30,10 +31,13 @@ def pytest_configure() -> None:
     os.environ["HF_DATASETS_CACHE"] = _caches[0]
     # Before torch is imported: threads that spin while they wait take the cores from Ray's workers.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # As a command does.
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_unconfigure() -> None:
     """Remove the cache."""
+    gc.freeze()
     for cache in _caches:
         shutil.rmtree(cache, ignore_errors=True)
 

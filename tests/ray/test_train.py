@@ -18,9 +18,10 @@ import banjoray
 from banjoray.config.job import JobConfig
 from banjoray.errors import ConfigError, GateRefused
 from banjoray.registry import Registry
+from banjoray.training import run as running
 from banjoray.training.checkpoints import Store
 from banjoray.training.interface import Moment
-from banjoray.training.run import RunResult, _check_room, worker_environment
+from banjoray.training.run import RunResult, _check_room, rescored, worker_environment
 from banjoray.training.runs import claim_run
 from factories import make_job, sample_rows, write_rows
 
@@ -123,6 +124,22 @@ def test_score_of_a_version_is_what_was_recorded(paired_job: JobConfig, paired: 
     assert found.score.metrics == pytest.approx(paired.metrics, abs=1e-6)
     assert sum(map(sum, found.score.confusion)) == 400
     assert found.same_data
+
+
+def test_where_workers_may_be_elsewhere_one_of_them_scores_the_model(
+    paired_job: JobConfig, paired: RunResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def nobody(*_: Any) -> None:
+        raise AssertionError("scored in this process")
+
+    monkeypatch.setattr(running, "score_folder", nobody)
+    with pytest.raises(AssertionError, match="in this process"):
+        rescored(paired_job)(Path(paired.checkpoint))
+    two = ray.nodes() * 2
+    monkeypatch.setattr(ray, "nodes", lambda: two)
+    assert rescored(paired_job)(Path(paired.checkpoint)).metrics == pytest.approx(paired.metrics, abs=1e-6)
 
 
 def test_score_notices_that_the_data_has_changed(folder: Path, paired_job: JobConfig, paired: RunResult) -> None:

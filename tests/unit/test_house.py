@@ -22,7 +22,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Data moves from left to right; a module may import from its own folder, and from what stands left of it.
 LAYERS = (
-    ("errors",),
+    ("errors", "garbage"),
     ("config",),
     ("registry",),
     ("data",),
@@ -44,6 +44,7 @@ NEIGHBOURS = {("serving.engine", "training.scoring")}
 RAY = {
     "training/run.py",
     "training/workers.py",
+    "training/group.py",
     "tuning/run.py",
     "serving/app.py",
     "serving/batch.py",

@@ -9,25 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from ray.serve.schema import ServeDeploySchema
 
-import ray
 from banjoray.config.job import is_url, read_yaml
 from banjoray.config.rollout import Rollout, rollouts
 from banjoray.config.section import validate
 from banjoray.config.serve import ServeConfig
 from banjoray.errors import ClusterError, ConfigError
+from banjoray.garbage import collect_later
 from banjoray.registry import Registry
-from banjoray.serving import ingress, routes
-from banjoray.serving.candidates import compared, probe_rows
-from banjoray.serving.choosing import check_kind
-from banjoray.serving.engine import load
-from banjoray.serving.replica import Replica
-from banjoray.serving.rollouts import Rollouts
-from banjoray.serving.security import settled_keys
-from banjoray.training.local_ray import environment
-from banjoray.training.signals import kept_sigterm
-from ray import serve
+
+with collect_later():
+    from ray.serve.schema import ServeDeploySchema
+
+    import ray
+    from banjoray.serving import ingress, routes
+    from banjoray.serving.candidates import compared, probe_rows
+    from banjoray.serving.choosing import check_kind
+    from banjoray.serving.engine import load
+    from banjoray.serving.replica import Replica
+    from banjoray.serving.rollouts import Rollouts
+    from banjoray.serving.security import settled_keys
+    from banjoray.training.local_ray import environment
+    from banjoray.training.signals import kept_sigterm
+    from ray import serve
 
 SWITCH_S = 5e-4
 

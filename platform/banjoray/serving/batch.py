@@ -17,15 +17,18 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv
 
-import ray
 from banjoray.config.job import JobConfig, is_url, load_job
 from banjoray.data.bad_rows import BadCell
 from banjoray.data.batches import sorted_batches
 from banjoray.data.lines import parsed
 from banjoray.errors import ConfigError, DataError, RequestError
+from banjoray.garbage import collect_later
 from banjoray.registry import Registry
-from banjoray.serving.engine import Engine, load
-from banjoray.training.run import Say, cluster
+
+with collect_later():
+    import ray
+    from banjoray.serving.engine import Engine, load
+    from banjoray.training.run import Say, cluster
 
 ROWS = 512
 LINES = (".jsonl", ".txt")

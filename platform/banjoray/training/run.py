@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.train
-import ray.train.torch
+import torch
 
 import ray
 from banjoray.config.job import JobConfig, is_url, load_job
@@ -231,20 +230,33 @@ def best_folder(run: str, job: JobConfig, ready: Ready, result: FitResult) -> Pa
 
 def rescored(job: JobConfig) -> Callable[[Path], Score]:
     """Loads a folder afresh and scores it on the validation rows, where a worker would run."""
-    if is_url(job.registry.root):
-        # What a registry behind a URL holds was copied to this machine alone, so it is scored in this process.
-        return lambda folder: score_folder(folder, job, "validation")[0]
-    return lambda folder: _score_on_ray(folder, job)
+    # What a registry behind a URL holds was copied to this machine alone.
+    here = is_url(job.registry.root) or _same_machine(job)
+    return lambda folder: _score_afresh(folder, job) if here else _score_on_ray(folder, job)
+
+
+def _same_machine(job: JobConfig) -> bool:
+    """Whether a worker would run on this machine's cores: then a process of its own would only import all again."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    enough = len(nodes) == 1 and nodes[0]["Resources"].get("CPU", 0) >= job.scale.cpus_per_worker
+    return enough and not job.scale.gpus_per_worker
+
+
+def _score_afresh(folder: Path, job: JobConfig) -> Score:
+    """The folder's score on the validation rows, with as many threads as a worker has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(job.scale.cpus_per_worker)
+    try:
+        return score_folder(folder, job, "validation")[0]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _score_on_ray(folder: Path, job: JobConfig) -> Score:
     """Score where a worker would run: the driver may sit on a node without its memory, cores or GPU."""
 
     def work() -> Score:
-        import torch
-
-        torch.set_num_threads(job.scale.cpus_per_worker)
-        return score_folder(folder, job, "validation")[0]
+        return _score_afresh(folder, job)
 
     remote = ray.remote(num_cpus=job.scale.cpus_per_worker, num_gpus=job.scale.gpus_per_worker)(work)
     try:

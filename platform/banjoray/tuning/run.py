@@ -6,36 +6,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from optuna.samplers import TPESampler
-from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
-from ray.tune.search.basic_variant import BasicVariantGenerator
-from ray.tune.search.optuna import OptunaSearch
-
-import ray
 from banjoray.config.job import JobConfig
 from banjoray.config.search import Dimension
 from banjoray.data.bad_rows import lines_about, write_list
 from banjoray.errors import TrainingFailed
-from banjoray.training.checkpoints import Checkpoint, Store
-from banjoray.training.compatibility import check
-from banjoray.training.interface import Callbacks, FitResult, Moment
-from banjoray.training.loop import fit
-from banjoray.training.preflight import prepare
-from banjoray.training.registering import gate_and_register
-from banjoray.training.run import best_folder, cluster, rescored
-from banjoray.training.runs import Run, claim_run
-from banjoray.training.strategies import choose_precision
-from banjoray.training.tracking import tracked
-from banjoray.training.workers import fit_on_ray, needs_group
-from banjoray.tuning.disk import Janitor, shared
-from banjoray.tuning.driver import Driver, folder_of
-from banjoray.tuning.importance import importances
-from banjoray.tuning.record import recorded
-from banjoray.tuning.space import STRUCTURAL, at_once, corner_jobs, search_of, told_values
-from banjoray.tuning.study import StudyResult, Trial, Watch, in_lines
-from banjoray.tuning.trial import Report, history_of, run_trial
-from ray import tune as ray_tune
+from banjoray.garbage import collect_later
+
+with collect_later():
+    from optuna.samplers import TPESampler
+    from ray.tune.integration.ray_train import TuneReportCallback
+    from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+    from ray.tune.search.optuna import OptunaSearch
+
+    import ray
+    from banjoray.training.checkpoints import Checkpoint, Store
+    from banjoray.training.compatibility import check
+    from banjoray.training.interface import Callbacks, FitResult, Moment
+    from banjoray.training.loop import fit
+    from banjoray.training.preflight import prepare
+    from banjoray.training.registering import gate_and_register
+    from banjoray.training.run import best_folder, cluster, rescored
+    from banjoray.training.runs import Run, claim_run
+    from banjoray.training.strategies import choose_precision
+    from banjoray.training.tracking import tracked
+    from banjoray.training.workers import fit_on_ray, needs_group
+    from banjoray.tuning.disk import Janitor, shared
+    from banjoray.tuning.driver import Driver, folder_of
+    from banjoray.tuning.importance import importances
+    from banjoray.tuning.record import recorded
+    from banjoray.tuning.space import STRUCTURAL, at_once, corner_jobs, search_of, told_values
+    from banjoray.tuning.study import StudyResult, Trial, Watch, in_lines
+    from banjoray.tuning.trial import Report, history_of, run_trial
+    from ray import tune as ray_tune
 
 Say = Callable[[str], None]
 

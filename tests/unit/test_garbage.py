@@ -1,0 +1,46 @@
+"""When a process looks for garbage."""
+
+import gc
+import subprocess
+import sys
+
+import pytest
+
+from banjoray.garbage import collect_later
+
+
+def test_nothing_is_collected_in_the_block_and_again_after_it_whatever_happens_there() -> None:
+    @collect_later()
+    def breaks() -> None:
+        seen.append(gc.isenabled())
+        raise KeyError
+
+    seen = [gc.isenabled()]
+    with pytest.raises(KeyError):
+        breaks()
+    assert [*seen, gc.isenabled()] == [True, False, True]
+
+
+def test_a_function_may_be_the_block_each_time_that_it_is_called() -> None:
+    @collect_later()
+    def looks() -> bool:
+        return gc.isenabled()
+
+    assert [looks(), gc.isenabled(), looks(), gc.isenabled()] == [False, True, False, True]
+
+
+def test_what_was_off_stays_off() -> None:
+    gc.disable()
+    try:
+        with collect_later(), collect_later():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_what_drives_a_run_of_one_worker_imports_no_ray_train() -> None:
+    """It takes a second, in the driver and in the worker again."""
+    script = "import sys; import banjoray.training.run; print('ray' in sys.modules, 'ray.train' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
