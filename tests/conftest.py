@@ -36,7 +36,7 @@ def pytest_configure() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Remove the cache."""
+    """Remove the cache, and end without a last look for garbage."""
     gc.freeze()
     for cache in _caches:
         shutil.rmtree(cache, ignore_errors=True)

@@ -4,6 +4,7 @@ stdout carries the answer, with ``--json`` exactly one JSON object; stderr carri
 1 the run failed, 2 you asked for something wrong, 3 a gate refused.
 """
 
+import atexit
 import gc
 import json
 import signal
@@ -55,6 +56,7 @@ def main() -> None:
     # torch, transformers and Ray are a million objects, and none is garbage. To look through them as often as Python
     # does is a fifth of the time of importing them, and to do so once more at the end takes a second or two.
     gc.set_threshold(50_000, 20, 20)
+    atexit.register(gc.freeze)
     try:
         app()
     except BanjorayError as error:
@@ -64,8 +66,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)  # noqa: T201
         sys.exit(130)
-    finally:
-        gc.freeze()
 
 
 def _interrupt(number: int, frame: object) -> None:  # noqa: ARG001

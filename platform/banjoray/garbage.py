@@ -3,6 +3,15 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
+
+
+class _Pause:
+    """How many blocks of this process are in it, in whichever threads, and whether it was on before the first."""
+
+    lock = Lock()
+    blocks = 0
+    on = False
 
 
 @contextmanager
@@ -10,12 +19,17 @@ def collect_later() -> Iterator[None]:
     """Nothing looks for garbage while the block, or the function that is decorated, runs.
 
     Python looks after every 700 new objects that hold others. Modules are a million of them, none is garbage, and
-    looking is a fifth of the time of importing them. What was off before stays off.
+    looking is a fifth of the time of importing them. What was off before stays off; blocks may overlap.
     """
-    on = gc.isenabled()
-    gc.disable()
+    with _Pause.lock:
+        if not _Pause.blocks:
+            _Pause.on = gc.isenabled()
+            gc.disable()
+        _Pause.blocks += 1
     try:
         yield
     finally:
-        if on:
-            gc.enable()
+        with _Pause.lock:
+            _Pause.blocks -= 1
+            if not _Pause.blocks and _Pause.on:
+                gc.enable()

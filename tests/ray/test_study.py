@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,10 @@ def test_rows_that_cannot_be_read_any_more_stop_the_study_with_the_reason(tmp_pa
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*/trials/*/checkpoints/**/*") if file.is_file())
+    """Bytes of all checkpoints; looked at again where one went while they were counted."""
+    while True:
+        with suppress(FileNotFoundError):
+            return sum(file.stat().st_size for file in folder.glob("*/trials/*/checkpoints/**/*") if file.is_file())
 
 
 @pytest.mark.usefixtures("local_ray")

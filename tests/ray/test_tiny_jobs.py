@@ -1,6 +1,7 @@
 """Every tiny job file from its rows to its answers: trained or searched, scored again, and asked for a whole file."""
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -80,6 +81,8 @@ def test_a_tiny_job_registers_a_version_that_has_its_score_when_loaded_afresh(
     assert made.version.lineage["base"] == made.job.model.base
     found = banjoray.score(str(made.version), "validation", made.job.registry.root)
     assert found.same_data
+    # As it comes back from a worker, where one scores.
+    assert pickle.loads(pickle.dumps(found.score)) == found.score
     again = {name: found.score.metrics[name] for name in made.version.metrics}
     assert again == pytest.approx(made.version.metrics, abs=1e-5)
 

@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -27,6 +28,24 @@ def test_a_function_may_be_the_block_each_time_that_it_is_called() -> None:
         return gc.isenabled()
 
     assert [looks(), gc.isenabled(), looks(), gc.isenabled()] == [False, True, False, True]
+
+
+def test_blocks_of_two_threads_overlap() -> None:
+    inside, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with collect_later():
+            inside.set()
+            left.wait(60)
+
+    thread = threading.Thread(target=other)
+    with collect_later():
+        thread.start()
+        assert inside.wait(60)
+    assert not gc.isenabled()
+    left.set()
+    thread.join()
+    assert gc.isenabled()
 
 
 def test_what_was_off_stays_off() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import ray
 from banjoray.config.job import JobConfig
 from banjoray.config.section import validate
 from banjoray.training.local_ray import QUIET
-from banjoray.training.run import cluster
+from banjoray.training.run import _same_machine, cluster
 
 JOB = {"name": "any", "task": "text-classification", "data": {"source": "banjoray:emotion"}}
 # Where Ray's Python processes keep what they read of QUIET.
@@ -96,3 +97,29 @@ def test_the_ray_that_is_installed_reads_every_variable() -> None:
     native = [name for name in QUIET if name.startswith("RAY_") and "LOG_MONITOR" not in name]
     assert len(native) + len(json.loads(run.stdout)) == len(QUIET)
     assert [name for name in native if f"\0{name}\0".encode() not in raylet] == []
+
+
+def node(**changes: Any) -> dict[str, Any]:
+    """What Ray says of a node, which is this machine unless told otherwise."""
+    return {"Alive": True, "NodeManagerHostname": socket.gethostname(), "Resources": {"CPU": 2.0}} | changes
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "same"),
+    [
+        ([node()], 0, True),
+        ([node(), node(Alive=False)], 0, True),
+        ([node(), node()], 0, False),
+        ([node()], 1, False),
+        ([node(NodeManagerHostname="elsewhere")], 0, False),
+        # A head that runs nothing, whose workers are still to come.
+        ([node(Resources={"CPU": 0.0})], 0, False),
+        ([node(Resources={})], 0, False),
+    ],
+)
+def test_a_command_scores_what_it_trained_only_where_a_worker_would(
+    nodes: list[dict[str, Any]], gpus: int, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    job = validate(JobConfig, JOB | {"scale": {"gpus_per_worker": gpus}}, "test job")
+    assert _same_machine(job) is same

@@ -11,6 +11,7 @@ from typing import Any
 
 from banjoray.config.job import HubConfig, JobConfig, ModelConfig
 from banjoray.errors import ConfigError, ModelError
+from banjoray.garbage import collect_later
 from banjoray.models.heads import head_lines
 from banjoray.models.readout import read_first_only
 from banjoray.models.tiny import NAMES, tiny_base
@@ -55,6 +56,7 @@ def use_hub(hub: HubConfig) -> str | None:
     return os.environ.get(hub.token_env)
 
 
+@collect_later()
 def quiet_libraries() -> None:
     """Keep transformers' notices and progress bars out of the terminal; errors still show."""
     from transformers.utils import logging
@@ -136,6 +138,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@collect_later()
 def load_tokenizer(base: Base) -> Any:
     """The tokenizer that goes with a base model; has a padding token even where the model had none (GPT-2)."""
     from transformers import AutoTokenizer
@@ -208,6 +211,7 @@ def load_for_training(
     return model
 
 
+@collect_later()
 def sketch(config: Any, task: Task, trust_remote_code: bool = False) -> Any:
     """The model without memory behind its weights: names and shapes, for checks before anything is loaded."""
     import torch
@@ -235,6 +239,7 @@ def _no_pooler(config: Any, task: Task) -> dict[str, bool]:
     return {"add_pooling_layer": False} if takes else {}
 
 
+@collect_later()
 def load_trained(folder: Path, task: Task, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """(model in fp32 and eval mode, tokenizer) of a trained folder; safetensors only."""
     import torch

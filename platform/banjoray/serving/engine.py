@@ -12,7 +12,6 @@ from banjoray.config.job import JobConfig, load_job
 from banjoray.data.batches import padded
 from banjoray.data.probe import read_probe
 from banjoray.data.tokens import Feature, Features, tokens_of
-from banjoray.garbage import collect_later
 from banjoray.models.loading import labels_of, load_trained, quiet_libraries
 from banjoray.registry import ModelVersion, Registry
 from banjoray.serving.borders import OnBorders
@@ -117,7 +116,6 @@ class Engine:
         return self.task.answer(ask, seen, self.labels, self.tokenizer)
 
 
-@collect_later()
 def load(reference: str, registry: str, engine: str = PLAIN.engine, precision: str = PLAIN.precision) -> Engine:
     """The engine of ``name@version`` or ``name@alias``; the first pass is made here, so that no request waits for it.
 

@@ -14,7 +14,6 @@ from banjoray.data.profile import Profile, profile
 from banjoray.data.splits import Splits
 from banjoray.data.tokens import cached_tokens, token_cache
 from banjoray.errors import ConfigError
-from banjoray.garbage import collect_later
 from banjoray.models.freezing import count_weights, freeze_parameters
 from banjoray.models.loading import (
     Base,
@@ -52,7 +51,6 @@ class Ready:
     warnings: tuple[str, ...]
 
 
-@collect_later()
 def prepare(job: JobConfig) -> Ready:
     """Check a job and make its tokens; the driver does this first, each worker then finds the cache warm.
 

@@ -1,8 +1,9 @@
-"""`train` and `score`: the loop on Ray Train workers, then a score, a gate and the registry."""
+"""`train` and `score`: the loop on Ray's workers, then a score, a gate and the registry."""
 
 import hashlib
 import logging
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -11,24 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import ray
 from banjoray.config.job import JobConfig, is_url, load_job
 from banjoray.data.bad_rows import write_list
 from banjoray.errors import BanjorayError, ClusterError, ConfigError, Stopped
+from banjoray.garbage import collect_later
 from banjoray.registry import Registry
-from banjoray.tasks.task import Score
-from banjoray.training.checkpoints import Store
-from banjoray.training.export import export
-from banjoray.training.interface import FitResult
-from banjoray.training.local_ray import QUIET, environment
-from banjoray.training.preflight import Ready, prepare
-from banjoray.training.registering import gate_and_register
-from banjoray.training.runs import Run, claim_run
-from banjoray.training.scoring import score_folder
-from banjoray.training.signals import kept_sigterm
-from banjoray.training.workers import STAY, Watch, fit_on_ray
+
+with collect_later():
+    import torch
+
+    import ray
+    from banjoray.tasks.task import Score
+    from banjoray.training.checkpoints import Store
+    from banjoray.training.export import export
+    from banjoray.training.interface import FitResult
+    from banjoray.training.local_ray import QUIET, environment
+    from banjoray.training.preflight import Ready, prepare
+    from banjoray.training.registering import gate_and_register
+    from banjoray.training.runs import Run, claim_run
+    from banjoray.training.scoring import score_folder
+    from banjoray.training.signals import kept_sigterm
+    from banjoray.training.workers import STAY, Watch, fit_on_ray
 
 Say = Callable[[str], None]
 
@@ -229,7 +233,7 @@ def best_folder(run: str, job: JobConfig, ready: Ready, result: FitResult) -> Pa
 
 
 def rescored(job: JobConfig) -> Callable[[Path], Score]:
-    """Loads a folder afresh and scores it on the validation rows, where a worker would run."""
+    """Loads a folder afresh and scores it on the validation rows: here, if a worker would run here; else in one."""
     # What a registry behind a URL holds was copied to this machine alone.
     here = is_url(job.registry.root) or _same_machine(job)
     return lambda folder: _score_afresh(folder, job) if here else _score_on_ray(folder, job)
@@ -238,8 +242,10 @@ def rescored(job: JobConfig) -> Callable[[Path], Score]:
 def _same_machine(job: JobConfig) -> bool:
     """Whether a worker would run on this machine's cores: then a process of its own would only import all again."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    enough = len(nodes) == 1 and nodes[0]["Resources"].get("CPU", 0) >= job.scale.cpus_per_worker
-    return enough and not job.scale.gpus_per_worker
+    if len(nodes) != 1 or job.scale.gpus_per_worker:
+        return False
+    here = nodes[0]["NodeManagerHostname"] == socket.gethostname()
+    return bool(here and nodes[0]["Resources"].get("CPU", 0) >= job.scale.cpus_per_worker)
 
 
 def _score_afresh(folder: Path, job: JobConfig) -> Score:

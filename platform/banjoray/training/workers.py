@@ -52,7 +52,7 @@ class Board:
         return self._stop
 
 
-class Told(Protocol):
+class Ear(Protocol):
     """Where a worker says how far it is, and hears whether it has to end."""
 
     def put(self, moment: Moment) -> object:
@@ -63,7 +63,7 @@ class Told(Protocol):
         ...
 
 
-def work(job: JobConfig, run: str, board: Told, exact: bool, report: Report | None = None) -> FitResult:
+def work(job: JobConfig, run: str, board: Ear, exact: bool, report: Report | None = None) -> FitResult:
     """What every worker does: the loop, until its end, the driver's wish on the board or a SIGTERM of its own."""
     torch.set_num_threads(job.scale.cpus_per_worker)
     ready = prepare(job)
