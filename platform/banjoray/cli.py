@@ -53,8 +53,8 @@ def main() -> None:
     # where shells ignore SIGINT.
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
-    # torch, transformers and Ray are a million objects, and none is garbage. To look through them as often as Python
-    # does is a fifth of the time of importing them, and to do so once more at the end takes a second or two.
+    # torch, transformers and Ray are half a million objects, and none is garbage. To look through them as often as
+    # Python does is a fifth of the time of importing them, and once more at the end takes a second or two.
     gc.set_threshold(50_000, 20, 20)
     atexit.register(gc.freeze)
     try:

@@ -18,8 +18,8 @@ class _Pause:
 def collect_later() -> Iterator[None]:
     """Nothing looks for garbage while the block, or the function that is decorated, runs.
 
-    Python looks after every 700 new objects that hold others. Modules are a million of them, none is garbage, and
-    looking is a fifth of the time of importing them. What was off before stays off; blocks may overlap.
+    Python (3.11) looks after every 700 new objects that hold others. These modules are half a million of them, none is
+    garbage, and looking is a fifth of the time of importing them. What was off before stays off; blocks may overlap.
     """
     with _Pause.lock:
         if not _Pause.blocks:

@@ -1,8 +1,6 @@
 """When a process looks for garbage."""
 
 import gc
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -56,10 +54,3 @@ def test_what_was_off_stays_off() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
-
-
-def test_what_drives_a_run_of_one_worker_imports_no_ray_train() -> None:
-    """It takes a second, in the driver and in the worker again."""
-    script = "import sys; import banjoray.training.run; print('ray' in sys.modules, 'ray.train' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False"]

@@ -125,6 +125,13 @@ def test_ray_stands_in_the_files_that_drive_it_and_nowhere_else(path: Path) -> N
     assert not uses or path.relative_to(PACKAGE).as_posix() in RAY
 
 
+def test_what_drives_a_run_of_one_worker_imports_no_ray_train() -> None:
+    """It takes a second, in the driver and in the worker again."""
+    script = "import sys; import banjoray.training.run; print('ray' in sys.modules, 'ray.train' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
+
+
 def test_the_files_that_may_use_ray_and_are_there_do() -> None:
     there = [PACKAGE / name for name in RAY if (PACKAGE / name).exists()]
     assert len(there) >= 4

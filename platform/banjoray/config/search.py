@@ -47,9 +47,7 @@ class SearchConfig(Section):
         "none runs every trial to its end.",
     )
     concurrent: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto",
-        description="Trials that run at the same time; auto: as many as the cluster's CPUs and GPUs hold. A smaller "
-        "number is kept to by searcher optuna alone: the others run as many as fit (known, to be mended).",
+        "auto", description="Trials that run at the same time; auto: as many as the cluster's CPUs and GPUs hold."
     )
     time_budget_s: float | None = Field(
         None, gt=0, description="No trial goes on after so long; the best so far is registered."

@@ -41,6 +41,9 @@ with collect_later():
     from ray import tune as ray_tune
 
 Say = Callable[[str], None]
+# After a trial's name in Tune's own record. A driver that was killed may have begun trials that are not in it: their
+# names are drawn once more, and Tune, which finds the folders, writes something behind (Ray 2.60).
+RAYS = ".ray"
 
 
 def tune(job: JobConfig, watch: Watch | None = None, say: Say = lambda line: None) -> StudyResult:
@@ -204,13 +207,14 @@ def _tuner(job: JobConfig, study: Run, trainable: Any) -> Any:
             mode=job.train.mode,
             num_samples=1 if search.searcher == "grid" else search.points,
             scheduler=_scheduler(job),
-            max_concurrent_trials=_at_once(job),
+            # Tune takes no notice of it for its own searcher (Ray 2.60), which has to be told itself.
+            max_concurrent_trials=_at_once(job) if search.searcher == "optuna" else None,
             search_alg=_searcher(job),
             time_budget_s=search.time_budget_s,
             # A process that has loaded its libraries takes the next trial too.
             reuse_actors=not needs_group(job),
             trial_name_creator=lambda trial: str(trial.trial_id),
-            trial_dirname_creator=lambda trial: str(trial.trial_id),
+            trial_dirname_creator=lambda trial: f"{trial.trial_id}{RAYS}",
         ),
         run_config=ray_tune.RunConfig(
             name="ray",
@@ -255,7 +259,7 @@ class _Optuna(OptunaSearch):
 def _searcher(job: JobConfig) -> Any:
     if search_of(job).searcher == "optuna":
         return _Optuna(sampler=TPESampler(seed=job.train.seed))
-    return BasicVariantGenerator(random_state=job.train.seed)
+    return BasicVariantGenerator(max_concurrent=_at_once(job), random_state=job.train.seed)
 
 
 def _trial(job: JobConfig, study: Run) -> Callable[[dict[str, Any]], None]:
@@ -315,7 +319,7 @@ def _values(config: dict[str, Any]) -> dict[str, Any]:
 
 def _told(job: JobConfig, study: Run, result: Any) -> Trial:
     """What is known of a trial, with the best score it reached at any epoch."""
-    name = Path(result.path).name
+    name = Path(result.path).name.partition(RAYS)[0]
     values = told_values(job, _values(result.config))
     record, history = recorded(_folder(study, name)), history_of(_folder(study, name))
     scores = [entry[job.train.metric] for entry in history]
