@@ -74,12 +74,14 @@ def test_rows_that_are_far_from_borders_are_computed_once(models: tuple[Fixed, F
     assert not plain.given
 
 
-def test_a_border_is_what_two_logits_moved_against_each_other() -> None:
-    plain = [np.array([1.0, 2.0, 3.0]), np.array([0.0, 0.0, 0.0])]
-    # All moved alike is nothing; the second row's by 0.25 and -0.5.
-    rounded = [plain[0] + 7, plain[1] + np.array([0.25, 0.0, -0.5])]
-    assert border_of(rounded, plain) == 0.75
-    assert share_within(plain, 0.75) == 0.5
+def test_a_border_is_how_far_the_highest_logit_was_raised_over_another() -> None:
+    plain = [np.array([1.0, 2.0, 3.0]), np.array([4.0, 0.0, 0.0])]
+    # All moved alike is nothing; nor is what the others moved against each other, and the highest fell.
+    moved = [plain[0] + 7, plain[1] + np.array([-0.5, 0.25, -0.25])]
+    assert border_of(moved, plain) == 0
+    raised = [plain[0] + np.array([0.0, -0.5, 0.25]), moved[1]]
+    assert border_of(raised, plain) == 0.75
+    assert share_within(raised, 1.75) == 0.5
 
 
 def test_a_device_is_refused_as_the_rounded_model_refuses_it(models: tuple[Fixed, Fixed]) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, helper
 from onnx import load as load_graph
+from onnx import save as save_graph
 
 from banjoray.config.job import JobConfig
 from banjoray.data.probe import FILE, read_probe, write_probe
@@ -107,6 +109,29 @@ def test_onnx_runtime_gives_the_answers_of_torch_alone_and_in_batches(made: tupl
     assert len(set(expected)) > 3
     for together in (True, False):
         assert numbers(ask(graph, request, together)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_attention_is_written_out_in_the_graph_and_stays_as_it_was_in_the_model(made: tuple[Made, Any]) -> None:
+    found = made[0]
+    found.models.of(Kind("onnx", "fp32"))
+    steps = {node.op_type for node in load_graph(found.models.cache / "fp32.onnx").graph.node}
+    assert "Softmax" in steps
+    # Torch's own attention gives rows of which all is masked zeros.
+    assert "IsNaN" not in steps
+    assert found.model.config._attn_implementation == "sdpa"
+
+
+def test_a_graph_has_no_denormals_and_the_thread_that_calls_it_keeps_its_own(tmp_path: Path) -> None:
+    cells = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["cells"])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["cells"])
+    least = helper.make_tensor("least", TensorProto.FLOAT, [], [1e-30])
+    steps = helper.make_graph([helper.make_node("Mul", ["x", "least"], ["y"])], "small", [cells], [out], [least])
+    opset = helper.make_opsetid("", onnx.OPSET)
+    save_graph(helper.make_model(steps, opset_imports=[opset], ir_version=10), tmp_path / "small.onnx")
+    model = onnx.OnnxModel(tmp_path / "small.onnx", None, 1)
+    small = torch.tensor([1e-10, 1.0])
+    assert model(x=small).y.tolist() == [0.0, float(torch.tensor(1e-30))]
+    assert (small * 1e-30)[0] > 0
 
 
 def test_the_graph_in_int8_runs_and_is_near(made: tuple[Made, Any]) -> None:
@@ -302,7 +327,8 @@ def test_only_labels_that_are_the_highest_logit_have_borders_and_only_narrow_one
     found, kind = made[0], Kind("onnx", "int8")
     model = found.models.of(kind)
     monkeypatch.setattr(makers, "MOST_AGAIN", 1.0)
-    assert (found.models.border(kind, model) > 0) == (type(found.task) is TextClassification)
+    monkeypatch.setattr(makers, "border_of", lambda *_: 0.1)
+    assert found.models.border(kind, model) == (0.1 if type(found.task) is TextClassification else 0)
     assert found.models.border(Kind("onnx", "fp32"), model) == 0
     monkeypatch.setattr(makers, "MOST_AGAIN", -1.0)
     assert found.models.border(kind, model) == 0

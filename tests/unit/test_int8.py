@@ -17,14 +17,14 @@ from banjoray.serving.onnx import OPSET, OnnxModel
 WIDTH, WIDE, LABELS = 32, 64, 4
 
 
-def graph(shared: bool = False, seed: int = 0) -> Any:
+def graph(shared: bool = False, seed: int = 0, activation: str = "Relu") -> Any:
     """Feed-forward: (rows, tokens, 32) made wider, then narrower, then labels; ``shared``: its first weight twice."""
     rng = np.random.default_rng(seed)
     sizes = {"up": (WIDTH, WIDE), "down": (WIDE, WIDTH), "head": (WIDTH, LABELS)}
     weights = [numpy_helper.from_array(rng.normal(size=size).astype(np.float32), name) for name, size in sizes.items()]
     nodes = [
         helper.make_node("MatMul", ["x", "up"], ["wide"], name="first"),
-        helper.make_node("Relu", ["wide"], ["active"], name="activation"),
+        helper.make_node(activation, ["wide"], ["active"], name="activation"),
         helper.make_node("MatMul", ["active", "down"], ["states"], name="second"),
         helper.make_node("MatMul", ["states", "head"], ["logits"], name="third"),
     ]
@@ -72,7 +72,7 @@ def test_evening_and_levelling_change_no_output(shared: bool, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
     assert sorted(peaks) == ["active", "states", "x"]
     assert peaks["x"] == pytest.approx(np.abs(x.numpy()).max(axis=(0, 1)))
-    even(model.graph, peaks)
+    even(model.graph, peaks, ["first"])
     level(model.graph, ["second"])
     for name, found in wanted.items():
         assert ran(model, x, name) == pytest.approx(found, rel=1e-4, abs=1e-3)
@@ -80,6 +80,31 @@ def test_evening_and_levelling_change_no_output(shared: bool, tmp_path: Path) ->
     # A weight that others multiply too stays what it is; so does what it is given.
     assert sources["first"] == ("x" if shared else "x/evened")
     assert sources["second"] == "states/level"
+
+
+@pytest.mark.parametrize("activation", ["Relu", "Gelu", "Elu", "Identity"])
+def test_rows_are_levelled_by_their_largest_cell_on_either_side_of_zero(activation: str) -> None:
+    model = graph(activation=activation)
+    x = cells(4)
+    # A row that nearly all of is below zero, and one of nothing.
+    x[2] = -50 * x[2].abs()
+    x[3] = 0
+    wanted = ran(model, x)
+    level(model.graph, ["second"])
+    shape: list[str | int | None] = ["rows", "tokens", WIDE]
+    model.graph.output.append(helper.make_tensor_value_info("states/level", TensorProto.FLOAT, shape))
+    assert ran(model, x) == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    rows = np.abs(ran(model, x, "states/level")).max(axis=-1)
+    assert rows[:3] == pytest.approx(1)
+    assert rows[3] == pytest.approx(0)
+    # One pass less over rows of which no cell is far below zero.
+    assert ("Abs" in {node.op_type for node in model.graph.node}) == (activation in ("Elu", "Identity"))
+
+
+def test_channels_are_evened_for_products_in_int8_that_do_not_narrow(tmp_path: Path) -> None:
+    apart(graph(), cells(), tmp_path, seen=cells())
+    made = onnx.load(tmp_path / "int8.onnx").graph
+    assert [node.name for node in made.node if node.name.endswith("/even")] == ["x/even"]
 
 
 def test_a_channel_that_is_larger_than_the_others_costs_little_once_it_is_evened(tmp_path: Path) -> None:

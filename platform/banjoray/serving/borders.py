@@ -1,8 +1,8 @@
 """Rows whose label hangs on rounding, computed in fp32 as well.
 
-Rounding moves the logits of a row against each other a little: how far at most, the probe rows show. Only where the two
-highest are nearer than that can the label be another. Of a trained version that is a few rows in a hundred; they are
-given to the graph in fp32 too, and its logits are the answer.
+Rounding moves the logits of a row against each other a little: how far at most it raises the highest over another, the
+probe rows show. Only where the two highest are nearer than that can the label be another. Of a trained version that is
+a few rows in a hundred; they are given to the graph in fp32 too, and its logits are the answer.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,11 +40,14 @@ class OnBorders:
 
 
 def border_of(rounded: Sequence[np.ndarray], plain: Sequence[np.ndarray]) -> float:
-    """How far rounding moved two logits of a row against each other at most; logits are (labels,) each.
+    """How far rounding raised the highest logit of a row over another one at most; logits are (labels,) each.
 
-    Above it, the highest one of a rounded row is the highest one in fp32.
+    A row's highest one is another in fp32 only if rounding raised it so by at least what lies between the two.
     """
-    return float(np.ptp(np.stack(rounded) - np.stack(plain), axis=1).max())
+    found = np.stack(rounded)
+    fell = np.stack(plain) - found
+    highest = found.argmax(axis=1, keepdims=True)
+    return float((fell - np.take_along_axis(fell, highest, axis=1)).max())
 
 
 def share_within(logits: Sequence[np.ndarray], border: float) -> float:

@@ -4,17 +4,17 @@ Weights are rounded once, each column with a scale of its own. What they multipl
 scale for all of it, and that is where answers get lost: a few channels, or a few rows, are much larger than the rest,
 of which the scale then leaves little. Therefore
 
-- channels are evened: what a product is given is divided by one number per channel, and its weights are multiplied by
-  the same numbers (SmoothQuant, arXiv 2211.10438). They come from how large the channels are on the probe rows;
 - rows that a product makes narrower, as a feed-forward block's second does, are divided by their largest cell before
-  it and multiplied after it: an activation's rows differ more than those that come out of a norm.
+  it and multiplied after it: an activation's rows differ more than those that come out of a norm;
+- channels of what other products are given are evened: divided by one number each, by which the weights are multiplied
+  (SmoothQuant, arXiv 2211.10438). They come from how large the channels are on the probe rows.
 
 Products of one position per row (a pooler, a classifier's head) stay in fp32: they cost nothing and decide everything.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ MOST = 16.0
 # A product that leaves so little of the width is a head as well: one that reads every position, of a tagger, say.
 HEAD = 8
 SILENT = 1e-6
+# How far below zero activations come at most.
+LOWEST = {"Gelu": 0.17, "Relu": 0.0}
 # Passes rows through a model that it is given.
 Passes = Callable[[Callable[..., Any]], object]
 
@@ -49,14 +51,16 @@ def to_int8(source: Path, file: Path, passes: Passes | None) -> None:
     try:
         model = onnx.load(source)
         turn(model.graph)
-        rounded = [product.node.name for product in products(model.graph) if product.width * HEAD > product.given]
+        rounded = [product for product in products(model.graph) if product.width * HEAD > product.given]
         if not rounded:
             # An empty list is all of them to what rounds.
             raise ValueError("it has no products but heads")
         if passes is not None:
-            even(model.graph, largest(model, file.with_name(f".{file.name}-watched"), passes))
-        level(model.graph, rounded)
-        _quantize(model, file, rounded)
+            peaks = largest(model, file.with_name(f".{file.name}-watched"), passes)
+            even(model.graph, peaks, [product.node.name for product in rounded if not product.narrows])
+        names = [product.node.name for product in rounded]
+        level(model.graph, names)
+        _quantize(model, file, names)
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001  ONNX and its runtime raise whatever a graph makes them raise
@@ -117,6 +121,11 @@ class Product:
     def width(self) -> int:
         """And one that comes out."""
         return int(self.stored.dims[1])
+
+    @property
+    def narrows(self) -> bool:
+        """Whether what comes out is narrower than what goes in."""
+        return self.width < self.given
 
     def weight(self) -> np.ndarray:
         """(given, width)."""
@@ -195,17 +204,18 @@ def largest(model: Any, file: Path, passes: Passes) -> dict[str, np.ndarray]:
     return found
 
 
-def even(graph: Any, peaks: Mapping[str, np.ndarray]) -> None:
-    """Divide what products are given by a number per channel, and multiply their weights by it, in place.
+def even(graph: Any, peaks: Mapping[str, np.ndarray], names: Collection[str]) -> None:
+    """Divide what products, of those named, are given by a number per channel, and multiply their weights by it.
 
-    Products of the same rows (query, key and value) share the numbers. A weight that several products use (ALBERT's)
-    stays as it is.
+    In place. Products of the same rows (query, key and value) share the numbers. A weight that several products use
+    (ALBERT's) stays as it is.
     """
     from onnx import helper, numpy_helper
 
     together: dict[str, list[Product]] = {}
     for product in products(graph):
-        together.setdefault(product.source, []).append(product)
+        if product.node.name in names:
+            together.setdefault(product.source, []).append(product)
     for name, group in together.items():
         if name not in peaks or not all(product.alone for product in group):
             continue
@@ -234,28 +244,32 @@ def _scale(peaks: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return found
 
 
-def level(graph: Any, names: list[str]) -> None:
+def level(graph: Any, names: Collection[str]) -> None:
     """Divide the rows of narrowing products, of those named, by their largest cell; multiply what comes out by it."""
     from onnx import helper, numpy_helper
 
+    made = {name: node.op_type for node in graph.node for name in node.output}
     graph.initializer.append(numpy_helper.from_array(np.array([-1]), "last_axis"))
-    graph.initializer.append(numpy_helper.from_array(np.array(SILENT, dtype=np.float32), "silent"))
     for product in products(graph):
-        if product.width >= product.given or product.node.name not in names:
+        if not product.narrows or product.node.name not in names:
             continue
         node, given, out = product.node, product.source, product.node.output[0]
         # Of the product's own: others may be given the same rows.
-        size, peak, rows = f"{out}/size", f"{out}/peak", f"{out}/level"
-        _insert(
-            graph,
-            node,
-            [
-                helper.make_node("Abs", [given], [size], name=f"{size}/node"),
-                helper.make_node("ReduceMax", [size, "last_axis"], [f"{peak}/found"], keepdims=1, name=f"{peak}/found"),
-                helper.make_node("Max", [f"{peak}/found", "silent"], [peak], name=f"{peak}/node"),
-                helper.make_node("Div", [given, peak], [rows], name=f"{rows}/node"),
-            ],
-        )
+        size, found, least, peak, rows = (f"{out}/{each}" for each in ("size", "found", "least", "peak", "level"))
+        lowest = LOWEST.get(made.get(given, ""))
+        new = [
+            helper.make_node("ReduceMax", [size, "last_axis"], [found], keepdims=1, name=f"{found}/node"),
+            helper.make_node("Max", [found, least], [peak], name=f"{peak}/node"),
+            helper.make_node("Div", [given, peak], [rows], name=f"{rows}/node"),
+        ]
+        if lowest is None:
+            new.insert(0, helper.make_node("Abs", [given], [size], name=f"{size}/node"))
+        else:
+            # What is below zero is never the largest.
+            new[0].input[0] = given
+        floor = np.array(max(lowest or 0.0, SILENT), dtype=np.float32)
+        graph.initializer.append(numpy_helper.from_array(floor, least))
+        _insert(graph, node, new)
         node.input[0], node.output[0] = rows, f"{out}/raw"
         at = list(graph.node).index(node) + 1
         graph.node.insert(at, helper.make_node("Mul", [f"{out}/raw", peak], [out], name=f"{out}/node"))
