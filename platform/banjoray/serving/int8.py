@@ -256,18 +256,16 @@ def level(graph: Any, names: Collection[str]) -> None:
         node, given, out = product.node, product.source, product.node.output[0]
         # Of the product's own: others may be given the same rows.
         size, found, least, peak, rows = (f"{out}/{each}" for each in ("size", "found", "least", "peak", "level"))
-        lowest = LOWEST.get(made.get(given, ""))
-        new = [
-            helper.make_node("ReduceMax", [size, "last_axis"], [found], keepdims=1, name=f"{found}/node"),
+        # Of an activation with little below zero, what is there is never the largest.
+        bounded = made.get(given) in LOWEST
+        new = [] if bounded else [helper.make_node("Abs", [given], [size], name=f"{size}/node")]
+        cells = given if bounded else size
+        new += [
+            helper.make_node("ReduceMax", [cells, "last_axis"], [found], keepdims=1, name=f"{found}/node"),
             helper.make_node("Max", [found, least], [peak], name=f"{peak}/node"),
             helper.make_node("Div", [given, peak], [rows], name=f"{rows}/node"),
         ]
-        if lowest is None:
-            new.insert(0, helper.make_node("Abs", [given], [size], name=f"{size}/node"))
-        else:
-            # What is below zero is never the largest.
-            new[0].input[0] = given
-        floor = np.array(max(lowest or 0.0, SILENT), dtype=np.float32)
+        floor = np.array(max(LOWEST.get(made.get(given, ""), 0.0), SILENT), dtype=np.float32)
         graph.initializer.append(numpy_helper.from_array(floor, least))
         _insert(graph, node, new)
         node.input[0], node.output[0] = rows, f"{out}/raw"
